@@ -1,0 +1,147 @@
+// What every kernel family shares: number formats, exactly rounded arithmetic, and the PTX for
+// asynchronous copies and tensor cores. Included by text (the host pastes it in), so that a
+// kernel's cache key covers it; nothing here needs a header, since NVRTC has none.
+//
+// Arithmetic goes through the functions below, never through + * / on floats: CuPy compiles with
+// -ftz=true and NVRTC contracts to FMA by default, and either changes the bits that
+// reference.py defines. Inline PTX is immune to both.
+#pragma once
+
+#ifdef __CUDACC_RTC__
+using int8_t = signed char;
+using uint8_t = unsigned char;
+using int16_t = short;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using int64_t = long long;
+#else
+#include <cstdint>
+#endif
+
+// Element types of activations and outputs, chosen by -DDTYPE=...
+#define BF16 0
+#define FP16 1
+#define INT32 2  // outputs only: the accumulators themselves, for the tests
+
+// ---- exactly rounded float32 -------------------------------------------------------------------
+
+__device__ __forceinline__ float mul_rn(float a, float b) {
+  float d;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+__device__ __forceinline__ float add_rn(float a, float b) {
+  float d;
+  asm("add.rn.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+__device__ __forceinline__ float sub_rn(float a, float b) {
+  float d;
+  asm("sub.rn.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+__device__ __forceinline__ float div_rn(float a, float b) {
+  float d;
+  asm("div.rn.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+__device__ __forceinline__ int round_to_int(float a) {  // to nearest even
+  int d;
+  asm("cvt.rni.s32.f32 %0, %1;" : "=r"(d) : "f"(a));
+  return d;
+}
+__device__ __forceinline__ float int_to_float(int a) {
+  float d;
+  asm("cvt.rn.f32.s32 %0, %1;" : "=f"(d) : "r"(a));
+  return d;
+}
+
+// reference.exp: e**x for x clamped to -87..88. A NaN passes through the comparisons unchanged.
+__device__ __forceinline__ float exp_reference(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  int n = round_to_int(mul_rn(x, 1.4426950408889634f));
+  float nf = int_to_float(n);
+  float r = sub_rn(x, mul_rn(nf, 0.693145751953125f));
+  r = sub_rn(r, mul_rn(nf, 1.42860677e-6f));
+  float p = (float)(1.0 / 5040);
+  p = add_rn(mul_rn(p, r), (float)(1.0 / 720));
+  p = add_rn(mul_rn(p, r), (float)(1.0 / 120));
+  p = add_rn(mul_rn(p, r), (float)(1.0 / 24));
+  p = add_rn(mul_rn(p, r), (float)(1.0 / 6));
+  p = add_rn(mul_rn(p, r), 0.5f);
+  p = add_rn(mul_rn(p, r), 1.0f);
+  p = add_rn(mul_rn(p, r), 1.0f);
+  return mul_rn(p, __int_as_float((n + 127) << 23));
+}
+
+// ---- 16-bit floats -----------------------------------------------------------------------------
+
+template <int dtype>
+__device__ __forceinline__ float to_float(uint16_t bits) {
+  float d;
+  if constexpr (dtype == BF16) {
+    d = __uint_as_float(uint32_t(bits) << 16);
+  } else {
+    asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"(bits));
+  }
+  return d;
+}
+template <int dtype>
+__device__ __forceinline__ uint16_t from_float(float x) {
+  uint16_t d;
+  if constexpr (dtype == BF16) {
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(d) : "f"(x));
+  } else {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(d) : "f"(x));
+  }
+  return d;
+}
+
+// Eight 16-bit floats, the unit of every global access to activations.
+template <int dtype>
+__device__ __forceinline__ void unpack8(uint4 v, float (&out)[8]) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = to_float<dtype>(uint16_t(words[i]));
+    out[2 * i + 1] = to_float<dtype>(uint16_t(words[i] >> 16));
+  }
+}
+
+// ---- asynchronous copies -----------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
+// 16 bytes global -> shared, past L1; zeros instead where `valid` is false (nothing is read then).
+__device__ __forceinline__ void copy16(uint32_t shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+template <int pending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// ---- tensor cores ------------------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit items, here 8 rows x 16 bytes each, one row address a lane.
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&d)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared)
+               : "memory");
+}
+// d[16x8] = a[16x32] * b[32x8] + c, int8 operands, int32 accumulators.
+__device__ __forceinline__ void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                       uint32_t b1, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c0), "r"(c1), "r"(c2),
+        "r"(c3));
+}

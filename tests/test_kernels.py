@@ -1,0 +1,350 @@
+"""CUDA kernels against `reference`, bit for bit: `pytest -m gpu` on a machine with a GPU.
+
+Outputs are poisoned: torch fills every fresh allocation with NaN or the largest integer while a
+test runs, so an element that no thread wrote cannot pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from generators import (
+    CHANNELS,
+    INPUTS,
+    TOKENS,
+    activation,
+    assert_same_bits,
+    extreme_weight,
+    packed,
+    routing,
+    weight,
+)
+
+from vllm_intscale import jit, ops, reference
+from vllm_intscale.reference import Weight
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+if torch.cuda.is_available():
+    from vllm_intscale import cuda_backend
+    from vllm_intscale.cuda_backend import TILES, Tile
+
+    HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3, device="cuda").isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def prepared(w: Weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    qweight, group_scale, channel_scale = packed(w)
+    return *ops.prepare_weight(qweight, group_scale), channel_scale
+
+
+def check_gemm(w: Weight, tokens: tuple[int, ...], tiles: tuple[Tile, ...]) -> None:
+    """Every token count, tile and output type against one reference of the largest token count.
+
+    Rows of the reference do not depend on each other, so this is batch invariance too.
+    """
+    n, k = w.codes.shape
+    a8, token_scale = activation(max(tokens), k, device="cuda")
+    bias = torch.randn(n, device="cuda")
+    acc = reference.accumulate(a8, w.codes, w.group_scale)
+    assert acc.any()
+    expected = {torch.int32: acc}
+    for dtype in HALF:
+        part = bias.to(dtype)
+        expected[dtype] = reference.scale_output(acc, token_scale, w.channel_scale, part, dtype)
+    ready = prepared(w)
+    for m, tile, dtype in itertools.product(tokens, tiles, (torch.int32, *HALF)):
+        part = None if dtype == torch.int32 else bias.to(dtype)
+        y = cuda_backend.gemm(a8[:m], token_scale[:m], *ready, part, dtype, tile)
+        assert_same_bits(y, expected[dtype][:m], f"M={m} N={n} K={k} {dtype} {tile}")
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("k", INPUTS)
+@pytest.mark.parametrize("n", CHANNELS)
+def test_gemm_equals_reference(n: int, k: int, group_size: int) -> None:
+    tokens = TOKENS if n * k <= 4096 * 4096 else (1, 16, 17, 65, 257, 4097)
+    check_gemm(weight(n, k, group_size, device="cuda"), tokens, TILES)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"),
+    [(8, 32, 32), (1, 64, 64), (17, 96, 32), (250, 160, 32), (1000, 704, 64), (4640, 512, 128)],
+)
+def test_gemm_odd_shapes(n: int, k: int, group_size: int) -> None:
+    check_gemm(weight(n, k, group_size, device="cuda"), (1, 2, 17, 130), TILES)
+
+
+def test_gemm_gate_up_layer() -> None:
+    check_gemm(weight(28672, 4096, 128, device="cuda"), (1, 17, 64, 300), TILES)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("k", [128, 4096, 14336])
+def test_gemm_at_the_accumulator_bound(k: int, group_size: int) -> None:
+    w = extreme_weight(64, k, group_size, device="cuda")
+    a8 = torch.full((5, k), 127, dtype=torch.int8, device="cuda")
+    a8[1] *= -1
+    a8[2, ::2] *= -1
+    a8[3] = 0
+    token_scale = torch.ones(5, device="cuda")
+    acc = reference.accumulate(a8, w.codes, w.group_scale)
+    assert int(acc.abs().max()) > 2**31 * 0.9 or k == 128
+    for tile, dtype in itertools.product(TILES, (torch.int32, *HALF)):
+        y = cuda_backend.gemm(a8, token_scale, *prepared(w), None, dtype, tile)
+        if dtype == torch.int32:
+            assert_same_bits(y, acc)
+        else:
+            y0 = reference.scale_output(acc, token_scale, w.channel_scale, None, dtype)
+            assert_same_bits(y, y0)
+
+
+def test_gemm_sees_every_input() -> None:
+    """One changed code, scale or activation changes exactly the outputs it feeds."""
+    w = weight(96, 256, 128, device="cuda")
+    w.group_scale[w.group_scale == 0] = 1
+    a8, token_scale = activation(40, 256, device="cuda")
+    a8[a8 == 0] = 1
+
+    def run(w: Weight, a8: torch.Tensor) -> torch.Tensor:
+        return cuda_backend.gemm(a8, token_scale, *prepared(w), None, torch.int32)
+
+    base = run(w, a8)
+    for n, k in ((0, 0), (95, 255), (33, 130)):
+        codes = w.codes.clone()
+        codes[n, k] = codes[n, k] ^ 1
+        changed = run(w._replace(codes=codes), a8) != base
+        assert changed[:, n].all() and int(changed.sum()) == 40
+        scale = w.group_scale.clone()
+        scale[n, k // 128] += 1
+        changed = run(w._replace(group_scale=scale), a8) != base
+        assert changed[:, n].any() and int(changed.sum()) == int(changed[:, n].sum())
+    a8b = a8.clone()
+    a8b[7, 100] += 1
+    changed = run(w, a8b) != base
+    assert changed[7].any() and int(changed.sum()) == int(changed[7].sum())
+
+
+def rows_of_trouble(k: int, dtype: torch.dtype) -> torch.Tensor:
+    """Ordinary, zero, NaN, Inf, subnormal, tiny, huge and half-way rows."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(16, k, generator=rng)
+    x[1] = 0
+    x[2, k // 2] = torch.nan
+    x[3, 1] = torch.inf
+    x[4, k - 1] = -torch.inf
+    x[5, 0], x[5, 1] = torch.inf, torch.nan
+    x[6] *= 1e-41
+    x[7] *= 2.0**-101
+    x[8] = x[8].sign() * 2.0**-100
+    x[9] *= 1e37
+    x[10] = torch.arange(k) % 255 - 127.0
+    x[11] = torch.arange(k) % 255 - 127.5
+    x[12] *= 6e-5
+    x[13] = torch.finfo(dtype).max
+    x[14, 5] = torch.finfo(dtype).smallest_normal / 4
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("k", [32, 96, 512, 4096, 14336])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quantize_activation_equals_reference(k: int, dtype: torch.dtype) -> None:
+    x = rows_of_trouble(k, dtype)
+    a8, scale = reference.quantize_activation(x)
+    for view in (x.cuda(), torch.nn.functional.pad(x, (8, 24)).cuda()[:, 8 : 8 + k], x.cuda()[::2]):
+        step = 2 if view.shape[0] < x.shape[0] else 1
+        a8_gpu, scale_gpu = cuda_backend.quantize_activation(view)
+        assert_same_bits(a8_gpu.cpu(), a8[::step])
+        assert_same_bits(scale_gpu.cpu(), scale[::step])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_silu_mul_quantize_equals_reference(dtype: torch.dtype) -> None:
+    gate_up = torch.cat([rows_of_trouble(1408, dtype) * 8, rows_of_trouble(1408, dtype)])
+    every_bfloat16 = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    sweep = every_bfloat16.view(-1, 1024).to(dtype)
+    for x in (gate_up, torch.cat([sweep, torch.ones_like(sweep)], dim=1)):
+        a8, scale = reference.quantize_activation(reference.silu_mul(x))
+        local = torch.zeros(x.shape[0], dtype=torch.int32, device="cuda")
+        a8_gpu, scale_gpu = cuda_backend.silu_mul_quantize(x.cuda(), local)
+        assert_same_bits(a8_gpu.cpu(), a8)
+        assert_same_bits(scale_gpu.cpu(), scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_alone_equals_linear_in_a_batch(dtype: torch.dtype) -> None:
+    w = weight(1408, 512, 128, device="cuda")
+    x = torch.cat([rows_of_trouble(512, dtype)] * 5).cuda()[:64]
+    ready = prepared(w)
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        return ops.gemm(*ops.quantize_activation(x), *ready, None, dtype)
+
+    y = linear(x)
+    assert_same_bits(y, reference.linear(x, w))
+    assert y[2:6].isnan().all() and not y[[0, 1, 6, 7, 8]].isnan().any()
+    for i in range(64):
+        assert_same_bits(linear(x[i : i + 1]), y[i : i + 1], f"row {i}")
+
+
+def expert_stack(e: int, n: int, k: int, group_size: int) -> list[Weight]:
+    return [weight(n, k, group_size, seed=i) for i in range(e)]
+
+
+def prepared_stack(experts: list[Weight]) -> tuple[torch.Tensor, ...]:
+    stacks = [torch.stack(t).cuda() for t in zip(*map(packed, experts), strict=True)]
+    return *ops.prepare_weight(stacks[0], stacks[1]), stacks[2]
+
+
+@pytest.mark.parametrize("kind", ["random", "skewed", "one", "holes"])
+@pytest.mark.parametrize(("n", "k", "group_size"), [(512, 512, 128), (1408, 704, 64), (96, 96, 32)])
+def test_grouped_gemm_equals_reference(n: int, k: int, group_size: int, kind: str) -> None:
+    experts = expert_stack(8, n, k, group_size)
+    stack = prepared_stack(experts)
+    for m, topk in ((1, 2), (2, 2), (7, 3), (33, 2), (257, 2), (1024, 2)):
+        a8, token_scale = activation(m, k, device="cuda")
+        _, ids = routing(m, topk, 8, kind)
+        accs = torch.stack(
+            [reference.accumulate(a8.cpu(), w.codes, w.group_scale) for w in experts]
+        )
+        ys = {
+            d: [
+                reference.scale_output(a, token_scale.cpu(), w.channel_scale, None, d)
+                for a, w in zip(accs, experts, strict=True)
+            ]
+            for d in HALF
+        }
+        for tile, dtype in itertools.product(TILES, (torch.int32, *HALF)):
+            routes = cuda_backend.group_slots(ids.cuda(), None, 8, tile.m)
+            y = cuda_backend.grouped_gemm(a8, token_scale, stack, routes, dtype, tile).cpu()
+            y = y.view(m, topk, n)
+            every = accs if dtype == torch.int32 else torch.stack(ys[dtype])
+            used = ids >= 0
+            rows = torch.arange(m)[:, None].expand_as(ids)
+            case = f"M={m} topk={topk} {kind} {dtype} {tile}"
+            assert_same_bits(y[used], every[ids.long()[used], rows[used]], case)
+
+
+@pytest.mark.parametrize("kind", ["random", "skewed", "one", "holes"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_moe_equals_reference(kind: str, dtype: torch.dtype) -> None:
+    hidden, inner, experts = 256, 704, 8
+    w13 = expert_stack(experts, 2 * inner, hidden, 128)
+    w2 = expert_stack(experts, hidden, inner, 64)
+    stacks = prepared_stack(w13), prepared_stack(w2)
+    expert_map = torch.tensor([3, -1, 0, 7, -1, 1, 2, 6], dtype=torch.int32)
+    for m, topk in ((0, 2), (1, 2), (5, 4), (64, 2), (300, 2)):
+        x = torch.randn(m, hidden, generator=torch.Generator().manual_seed(m)).to(dtype)
+        if m > 4:
+            x[3, 7] = torch.nan
+        weights, ids = routing(m, topk, experts, kind)
+        for mapping, on_input in ((None, False), (expert_map, False), (None, topk == 1)):
+            y = reference.moe(x, lambda e: (w13[e], w2[e]), weights, ids, mapping, on_input)
+            device_map = None if mapping is None else mapping.cuda()
+            inputs = (x.cuda(), *stacks, weights.cuda(), ids.cuda(), device_map, on_input)
+            for tile in (None, *TILES):
+                case = f"M={m} topk={topk} {kind} {tile}"
+                assert_same_bits(cuda_backend.moe(*inputs, tile=tile).cpu(), y, case)
+
+
+def test_moe_router_weight_on_input() -> None:
+    w13, w2 = expert_stack(4, 256, 128, 128), expert_stack(4, 128, 128, 128)
+    x = torch.randn(9, 128, dtype=torch.bfloat16)
+    weights, ids = routing(9, 1, 4, "random")
+    y = reference.moe(x, lambda e: (w13[e], w2[e]), weights, ids, None, True)
+    stacks = prepared_stack(w13), prepared_stack(w2)
+    y_gpu = ops.moe(x.cuda(), *map(list, stacks), weights.cuda(), ids.cuda(), None, True)
+    assert_same_bits(y_gpu.cpu(), y)
+
+
+def test_operators_pass_opcheck() -> None:
+    w = prepared(weight(96, 128, 64, device="cuda"))
+    x = torch.randn(5, 128, device="cuda", dtype=torch.bfloat16)
+    a8, scale = ops.quantize_activation(x)
+    stacks = [list(prepared_stack(expert_stack(4, n, 128, 128))) for n in (256, 128)]
+    weights, ids = (t.cuda() for t in routing(5, 2, 4, "random"))
+    torch.library.opcheck(ops.quantize_activation, (x,))
+    torch.library.opcheck(ops.gemm, (a8, scale, *w, None, torch.bfloat16))
+    torch.library.opcheck(ops.moe, (x, *stacks, weights, ids, None, False))
+
+
+def test_graph_replay_and_side_stream_equal_eager() -> None:
+    w = prepared(weight(512, 512, 128, device="cuda"))
+    stacks = [list(prepared_stack(expert_stack(4, n, k, 128))) for n, k in ((256, 512), (512, 128))]
+    weights, ids = (t.cuda() for t in routing(33, 2, 4, "random"))
+    x = torch.randn(33, 512, device="cuda", dtype=torch.bfloat16)
+
+    def layer() -> torch.Tensor:
+        y = ops.gemm(*ops.quantize_activation(x), *w, None, x.dtype)
+        return ops.moe(y, *stacks, weights, ids, None, False)
+
+    first = layer()
+    loads = jit.load.cache_info().misses
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert_same_bits(layer(), first)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer()
+    for seed in range(3):
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same_bits(y, layer())
+    assert jit.load.cache_info().misses == loads
+
+
+def test_no_compile_inside_capture() -> None:
+    kernel = jit.Kernel("activation.cu", "weighted_sum", (("DTYPE", 0), ("UNSEEN", 1)))
+    with pytest.raises(jit.IntScaleError, match="before graph capture"):  # noqa: SIM117
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            jit.load(kernel, 0)
+
+
+def test_reruns_give_the_same_bits() -> None:
+    w = prepared(weight(1408, 4096, 128, device="cuda"))
+    a8, scale = activation(129, 4096, device="cuda")
+    for tile in TILES:
+        first = cuda_backend.gemm(a8, scale, *w, None, torch.int32, tile)
+        for _ in range(100):
+            assert_same_bits(cuda_backend.gemm(a8, scale, *w, None, torch.int32, tile), first)
+
+
+def test_no_variant_uses_local_memory() -> None:
+    for dtype, group_size, moe in itertools.product(HALF, (32, 64, 128), (False, True)):
+        for kernel in cuda_backend.kernels(dtype, group_size, moe):
+            assert jit.load(kernel, 0).attributes["local_size_bytes"] == 0, str(kernel)
+
+
+def test_ranks_on_a_cold_cache_compile_once(tmp_path: Path) -> None:
+    """Four processes, one empty cache: all end well with one cache entry per kernel."""
+    code = (
+        "import torch; from vllm_intscale import cuda_backend as b; torch.zeros(1, device='cuda');"
+        "b.warm_up(torch.bfloat16, 128, False)"
+    )
+    env = {**__import__("os").environ, "CUPY_CACHE_DIR": str(tmp_path)}
+    ranks = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(4)]
+    assert [rank.wait(300) for rank in ranks] == [0] * 4
+    assert len(list(tmp_path.glob("*.cubin"))) == len(
+        cuda_backend.kernels(torch.bfloat16, 128, False)
+    )

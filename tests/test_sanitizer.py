@@ -1,0 +1,47 @@
+"""The kernels under compute-sanitizer: memcheck, initcheck, synccheck clean; racecheck clean and
+shown to see a barrier that was removed on purpose."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer"),
+]
+
+# Barriers of the GEMM: after the copies of a stage, and between two warps' sums.
+STAGE_BARRIER = "__syncthreads();  // stage s has arrived for all, and stage s - 1 is free for all"
+SUM_BARRIER = "__syncthreads();  // one warp's sum is complete"
+
+
+def sanitize(tool: str, *args: str) -> subprocess.CompletedProcess[str]:
+    target = Path(__file__).with_name("sanitizer_target.py")
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    # Only our kernels: torch's own are neither under test nor clean under initcheck.
+    for name in ("w4a8_gemm", "quantize_activation", "silu_mul", "weighted_sum", "group_slots"):
+        command += ["--kernel-name", f"kernel_substring={name}"]
+    command += [sys.executable, str(target), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=550)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+def test_clean(tool: str) -> None:
+    result = sanitize(tool)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "0 errors" in result.stdout or "0 hazards" in result.stdout
+
+
+@pytest.mark.parametrize("barrier", [STAGE_BARRIER, SUM_BARRIER])
+def test_racecheck_sees_a_removed_barrier(barrier: str) -> None:
+    result = sanitize("racecheck", "--remove", barrier)
+    assert result.returncode == 9, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "hazard" in result.stdout

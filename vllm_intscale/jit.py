@@ -1,0 +1,160 @@
+"""CuPy as the run-time compiler: CUDA source in `cuda/` to a loaded kernel, once per process.
+
+CuPy keeps compiled kernels on disk, keyed by source text, options, architecture and NVRTC
+version, and publishes them atomically. Added here: `#include "..."` is pasted into the source, so
+that the key covers it; a file lock, so that N ranks on a cold cache compile once, not N times;
+and a writable cache folder chosen before CuPy is imported (its import fails without one).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_intscale.errors import IntScaleError
+
+logger = logging.getLogger("vllm.intscale")  # below vLLM's logger, so that its handlers apply
+
+MIN_COMPUTE_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled variant: a function of a source file under a set of macros.
+
+    shared_bytes: the most dynamic shared memory that a launch may ask for.
+    """
+
+    file: str
+    function: str
+    defines: tuple[tuple[str, int], ...] = ()
+    shared_bytes: int = 0
+
+    def __str__(self) -> str:
+        macros = ",".join(f"{name}={value}" for name, value in self.defines)
+        return f"{self.file}:{self.function}[{macros}]"
+
+
+def source_folder() -> Path:
+    """The kernel sources: inside the installed package, or at the top of a checkout."""
+    package = Path(__file__).parent
+    return next(p for p in (package / "cuda", package.parent / "cuda") if p.is_dir())
+
+
+def read_source(file: str) -> str:
+    """The text of a source file with its local includes pasted in."""
+    text = (source_folder() / file).read_text()
+    return re.sub(r'#include "([^"]+)"', lambda match: read_source(match[1]), text)
+
+
+@cache
+def import_cupy() -> Any:
+    """CuPy, with a usable cache folder; IntScaleError if it is not installed."""
+    folder = Path(os.environ.get("CUPY_CACHE_DIR", Path.home() / ".cupy" / "kernel_cache"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        fallback = Path(tempfile.gettempdir()) / f"cupy_cache_{os.getuid()}"
+        logger.warning("kernel cache %s is not writable; using %s", folder, fallback)
+        fallback.mkdir(parents=True, exist_ok=True)
+        folder = fallback
+    os.environ["CUPY_CACHE_DIR"] = str(folder)
+    try:
+        import cupy
+    except ImportError as error:
+        major = (torch.version.cuda or "13").partition(".")[0]
+        raise IntScaleError(
+            f"CuPy cannot be imported ({error}); it compiles the CUDA kernels: "
+            f"pip install 'vllm-intscale[cuda{major}]'"
+        ) from None
+    return cupy
+
+
+def check_device(device: int) -> None:
+    """Refuse a GPU that is too old, naming it."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_COMPUTE_CAPABILITY:
+        raise IntScaleError(
+            f"GPU {device} ({torch.cuda.get_device_name(device)}) has compute capability "
+            f"{capability[0]}.{capability[1]}; the W4A8 kernels need 8.0 (A100) or newer"
+        )
+
+
+@cache
+def load(kernel: Kernel, device: int) -> Any:
+    """Compile or fetch from the cache, load on the device, and return the CuPy function.
+
+    Raises IntScaleError while a CUDA graph is being captured: loading a module there is illegal,
+    and a kernel that first appears after warm-up would stall a request.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise IntScaleError(f"kernel {kernel} was not compiled before graph capture; report this")
+    check_device(device)
+    cupy = import_cupy()
+    from filelock import FileLock
+
+    source = read_source(kernel.file)
+    options = ("-std=c++17", *(f"-D{name}={value}" for name, value in kernel.defines))
+    key = hashlib.sha256(
+        "\0".join(
+            (source, *options, str(torch.cuda.get_device_capability(device)))
+            + (str(cupy.cuda.nvrtc.getVersion()), cupy.__version__)
+        ).encode()
+    ).hexdigest()[:32]
+    start = time.perf_counter()
+    with cupy.cuda.Device(device):
+        try:
+            with FileLock(Path(os.environ["CUPY_CACHE_DIR"]) / f"intscale_{key}.lock"):
+                module = cupy.RawModule(code=source, options=options)
+                function = module.get_function(kernel.function)
+                function.max_dynamic_shared_size_bytes = kernel.shared_bytes
+        except cupy.cuda.compiler.CompileException as error:
+            log = str(error).strip().splitlines()
+            raise IntScaleError(
+                f"kernel {kernel} does not compile for GPU {device}: {log[0] if log else error}; "
+                "report this with the output of `python -c 'import cupy; cupy.show_config()'`"
+            ) from error
+    logger.debug("%s ready in %.2f s", kernel, time.perf_counter() - start)
+    return function
+
+
+@cache
+def _stream(handle: int) -> Any:
+    return import_cupy().cuda.ExternalStream(handle)
+
+
+def launch(
+    kernel: Kernel,
+    device: torch.device,
+    grid: tuple[int, ...],
+    threads: int,
+    args: tuple[Any, ...],
+    shared_bytes: int = 0,
+) -> None:
+    """Launch on torch's current stream of `device`.
+
+    args: tensors (their address is passed), None (a null pointer) and numpy scalars.
+    """
+    assert device.index is not None
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, device, grid, threads, args, shared_bytes)
+    stream = _stream(torch.cuda.current_stream(device).cuda_stream)
+    function = load(kernel, device.index)
+    values = tuple(
+        a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else a for a in args
+    )
+    function(grid, (threads,), values, shared_mem=shared_bytes, stream=stream)

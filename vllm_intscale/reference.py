@@ -1,0 +1,142 @@
+"""The arithmetic of W4A8 with Integer Scale, exactly. This file is the specification.
+
+    y[m, n] = round( float( sum_g S[n, g] * sum_{k in g} a8[m, k] * w[n, k] )     int32, exact
+                     * channel_scale[n] * token_scale[m] + bias[n] )              float32
+
+w are int4 (or int8) codes, S the integer group scales, a8 the int8 activations (Integer Scale,
+arXiv 2405.14597; here each output channel has its own amplifier and `channel_scale` is its
+reciprocal). Kernels must equal these functions bit for bit, on every input:
+
+* Integers are added and multiplied exactly. The checkpoint proves that no int32 accumulator can
+  overflow (`format.accumulator_bound`), so order, split and tile of the sum do not matter.
+* Each float32 operation written here is rounded once, to nearest even, with subnormals kept;
+  nothing is contracted to a fused multiply-add.
+* Each row of an output depends on the same row of the input alone.
+
+Everything is plain torch and runs on any device. Constants are tensors where they are divided
+by or divide: torch turns `tensor / number` into a multiplication with a rounded reciprocal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Rows whose largest magnitude is below this become zero, so that no scale is ever subnormal.
+SMALLEST_AMAX = 2.0**-100
+
+
+class Weight(NamedTuple):
+    """One quantized matrix, as int8 codes whatever their width in the checkpoint."""
+
+    codes: Tensor  # int8 [N, K]
+    group_scale: Tensor  # int16 [N, K / group_size]
+    channel_scale: Tensor  # float32 [N]
+
+
+def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 quantization with one scale per token.
+
+    x: float `[M, K]`. Returns a8 int8 `[M, K]` in -127..127 and token_scale float32 `[M]`.
+    A row that holds NaN or Inf gets codes 0 and scale NaN, so its output row is NaN.
+    """
+    x = x.float()
+    amax = x.abs().amax(dim=-1, keepdim=True)
+    finite = amax.isfinite()
+    usable = finite & (amax >= SMALLEST_AMAX)
+    amax = torch.where(usable, amax, 1.0)
+    limit = torch.full_like(amax, 127)
+    scale = torch.where(usable, amax / limit, 0.0)
+    codes = torch.where(usable, torch.round(x * (limit / amax)), 0.0)
+    return codes.to(torch.int8), torch.where(finite, scale, torch.nan).squeeze(-1)
+
+
+def accumulate(a8: Tensor, codes: Tensor, group_scale: Tensor) -> Tensor:
+    """The int32 accumulators `[M, N]` of a8 int8 `[M, K]` against codes `[N, K]` and S `[N, K/g]`.
+
+    Computed in float64, which is exact: every partial sum is an integer below 2**53.
+    """
+    group_size = codes.shape[-1] // group_scale.shape[-1]
+    scaled = codes.double() * group_scale.double().repeat_interleave(group_size, dim=-1)
+    return (a8.double() @ scaled.mT).to(torch.int32)
+
+
+def scale_output(
+    acc: Tensor, token_scale: Tensor, channel_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """int32 accumulators `[M, N]` to outputs of `dtype`; the order of operations is fixed."""
+    y = acc.float() * channel_scale * token_scale.unsqueeze(-1)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(dtype)
+
+
+def gemm(
+    a8: Tensor, token_scale: Tensor, weight: Weight, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Quantized activations times a quantized weight: `[M, K] x [N, K] -> [M, N]` of `dtype`."""
+    acc = accumulate(a8, weight.codes, weight.group_scale)
+    return scale_output(acc, token_scale, weight.channel_scale, bias, dtype)
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """A whole linear layer, `[M, K] -> [M, N]`, output in the dtype of x."""
+    return gemm(*quantize_activation(x), weight, bias, x.dtype)
+
+
+def exp(x: Tensor) -> Tensor:
+    """float32 e**x for x clamped to -87..88, to about 1 ulp, from operations every device has.
+
+    Range reduction x = n ln2 + r with ln2 in two parts (Cody and Waite), then the Taylor
+    polynomial of degree 7 on |r| <= ln2 / 2.
+    """
+    x = x.clamp(-87.0, 88.0)
+    n = torch.round(x * 1.4426950408889634)
+    r = x - n * 0.693145751953125  # 16 bits of ln2: the product is exact
+    r = r - n * 1.42860677e-6
+    p = torch.full_like(r, 1 / 5040)
+    for c in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+        p = p * r + c
+    return p * ((n.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up` of `[M, 2 I]` (gate first), float32 inside, rounded once to the dtype."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (gate / (1 + exp(-gate)) * up).to(gate_up.dtype)
+
+
+def moe(
+    x: Tensor,
+    experts: Callable[[int], tuple[Weight, Weight]],
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None = None,
+    router_weight_on_input: bool = False,
+) -> Tensor:
+    """A mixture-of-experts layer (gate and up, silu_mul, down, weighted sum) over local experts.
+
+    x `[M, H]`; `experts(e)` gives the local expert's w13 `[2 I, H]` (gate first) and w2 `[H, I]`;
+    topk_weights float32 and topk_ids int `[M, topk]`; expert_map int32 `[global experts]` to local
+    index or -1. Slots whose id is -1 or not local add nothing. Slots are added in order, in
+    float32, and rounded once.
+    """
+    if router_weight_on_input:  # topk is 1
+        x = x * topk_weights.to(x.dtype)
+        topk_weights = torch.ones_like(topk_weights)
+    local = topk_ids.long()
+    if expert_map is not None:
+        local = torch.where(local >= 0, expert_map.long()[local], -1)
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for slot in range(topk_ids.shape[1]):
+        for expert in local[:, slot].unique().tolist():
+            if expert < 0:
+                continue
+            rows = (local[:, slot] == expert).nonzero().squeeze(-1)
+            w13, w2 = experts(expert)
+            y = linear(silu_mul(linear(x[rows], w13)), w2)
+            out[rows] = out[rows] + topk_weights[rows, slot, None].float() * y.float()
+    return out.to(x.dtype)
