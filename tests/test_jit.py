@@ -1,0 +1,128 @@
+"""Compiling kernels, as far as it goes without a GPU: sources, includes, errors, the wheel."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_intscale import cuda_backend, jit
+from vllm_intscale.errors import IntScaleError
+
+ROOT = Path(__file__).parents[1]
+# What the README names: A100, A10/3090, L40S/4090, H100/H200, RTX 50 / RTX PRO 6000.
+ARCHITECTURES = (80, 90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (86, 89, 120)))
+
+
+@pytest.fixture(autouse=True)
+def fresh_caches() -> Iterator[None]:
+    jit.load.cache_clear()
+    jit.import_cupy.cache_clear()
+    yield
+    jit.load.cache_clear()
+    jit.import_cupy.cache_clear()
+
+
+def one_line(error: pytest.ExceptionInfo[IntScaleError]) -> str:
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+def test_includes_are_pasted_into_the_source() -> None:
+    for path in jit.source_folder().glob("*.cu"):
+        source = jit.read_source(path.name)
+        assert '#include "' not in source
+        assert "mul_rn" in source  # of common.cuh
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_variant_compiles_without_local_memory(arch: int) -> None:
+    """With NVRTC itself, for every architecture; no GPU is needed for that."""
+    nvrtc = pytest.importorskip("cupy", reason="needs CuPy and NVRTC").cuda.nvrtc
+    variants = {
+        kernel
+        for dtype, group_size, moe in itertools.product(
+            (torch.bfloat16, torch.float16), (32, 64, 128), (False, True)
+        )
+        for kernel in cuda_backend.kernels(dtype, group_size, moe)
+    }
+    assert len(variants) == 6 + 3 * 3 * 2 * 2 + 1
+    for kernel in variants:
+        source = jit.read_source(kernel.file)
+        options = [*jit.compile_options(kernel), f"-arch=sm_{arch}", "-ftz=true"]
+        program = nvrtc.createProgram(source, kernel.file, (), ())
+        try:
+            nvrtc.compileProgram(program, [*options, "--ptxas-options=-v"])
+        except nvrtc.NVRTCError:
+            pytest.fail(f"{kernel} for sm_{arch}: {nvrtc.getProgramLog(program)}")
+        log = nvrtc.getProgramLog(program)
+        assert "0 bytes stack frame, 0 bytes spill stores" in log, f"{kernel} sm_{arch}: {log}"
+        nvrtc.destroyProgram(program)
+
+
+def test_missing_cupy_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(IntScaleError) as error:
+        jit.import_cupy()
+    assert "pip install 'vllm-intscale[cuda" in one_line(error)
+
+
+def test_gpu_below_sm_80_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    with pytest.raises(IntScaleError) as error:
+        jit.check_device(0)
+    message = one_line(error)
+    assert "Tesla T4" in message and "7.5" in message and "8.0" in message
+
+
+def test_unsupported_dtype_names_the_remedy() -> None:
+    with pytest.raises(IntScaleError, match="--dtype bfloat16"):
+        cuda_backend.kernels(torch.float32, 128, False)
+
+
+def test_unwritable_cache_falls_back_to_a_temporary_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(blocker / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setitem(sys.modules, "cupy", object())
+    jit.import_cupy()
+    assert os.environ["CUPY_CACHE_DIR"].startswith(str(tmp_path / "cupy_cache_"))
+    assert "not writable" in caplog.text
+
+
+def test_wheel_brings_the_kernel_sources_and_the_plugin(tmp_path: Path) -> None:
+    """Installed elsewhere and run from elsewhere, nothing of the checkout is needed."""
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    subprocess.run([*install, str(site), str(wheel)], check=True, capture_output=True)
+    code = (
+        "from importlib.metadata import distribution as d; from vllm_intscale import jit;"
+        "print(jit.source_folder()); print(sorted(p.name for p in jit.source_folder().iterdir()));"
+        "print(*sorted(e.name + '=' + e.value for e in d('vllm-intscale').entry_points))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    assert output[0] == str(site / "vllm_intscale" / "cuda")
+    assert output[1] == str(sorted(p.name for p in (ROOT / "cuda").iterdir()))
+    assert output[2] == "intscale=vllm_intscale.cli:main intscale=vllm_intscale:register"
