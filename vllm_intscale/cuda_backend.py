@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_intscale import jit
 from vllm_intscale.errors import IntScaleError
-from vllm_intscale.packing import pack_codes, unpack_codes
+from vllm_intscale.packing import unpack_codes
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.int32: 2}  # DTYPE in common.cuh
 ROW_THREADS = 256  # kThreads of activation.cu
@@ -85,13 +85,14 @@ def _padded(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def prepare_weight(qweight: Tensor, group_scale: Tensor) -> tuple[Tensor, Tensor]:
+def prepare_weight(qweight: Tensor, group_scale: Tensor, bits: int = 4) -> tuple[Tensor, Tensor]:
     """Checkpoint layout to tensor-core tiles (pictured in `sm80_w4a8_gemm.cu`).
 
     qweight int32 `[N, K/8]` to `[N/16, K/64, 32, 4]`, group_scale int16 `[N, K/g]` to
     `[K/g, N]`, with N padded to 16 and K to 64 by zeros; `[E, ...]` one expert at a time, which
     bounds the extra memory to one matrix.
     """
+    assert bits == 4  # loading refuses others
     if qweight.dim() == 3:
         pairs = [prepare_weight(q, s) for q, s in zip(qweight, group_scale, strict=True)]
         return torch.stack([q for q, _ in pairs]), torch.stack([s for _, s in pairs])
@@ -106,15 +107,13 @@ def prepare_weight(qweight: Tensor, group_scale: Tensor) -> tuple[Tensor, Tensor
     return tiles, torch.nn.functional.pad(group_scale.mT, (0, pad_n)).contiguous()
 
 
-def restore_weight(qweight: Tensor, group_scale: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
-    """Inverse of `prepare_weight`."""
-    if qweight.dim() == 5:
-        pairs = [restore_weight(q, s, n, k) for q, s in zip(qweight, group_scale, strict=True)]
-        return torch.stack([q for q, _ in pairs]), torch.stack([s for _, s in pairs])
+def integer_weight(qweight: Tensor, group_scale: Tensor, n: int, k: int) -> Tensor:
+    """`code * S`, int32 `[N, K]`, of a prepared weight of N x K."""
     packed = qweight.contiguous().view(torch.int8).view(*qweight.shape[:2], 8, 4, 4, 4)
     nibbles = torch.stack(((packed << 4) >> 4, packed >> 4), dim=-1)
     codes = nibbles.permute(0, 6, 2, 1, 4, 3, 5).reshape(qweight.shape[0] * 16, -1)[:n, :k]
-    return pack_codes(codes, 4), group_scale[:, :n].mT.contiguous()
+    scale = group_scale[:, :n].mT.to(torch.int32)
+    return codes * scale.repeat_interleave(k // scale.shape[1], dim=1)
 
 
 # ---- operators ----------------------------------------------------------------------------------

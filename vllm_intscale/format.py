@@ -157,6 +157,8 @@ class CheckpointConfig:
 
 def matches(pattern: str, layer: str) -> bool:
     """Whether a full name or `re:` pattern of the config names this layer."""
+    if not pattern.startswith("re:"):  # configs name hundreds of layers in full
+        return pattern == layer
     return _compile(pattern).fullmatch(layer) is not None
 
 

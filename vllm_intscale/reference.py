@@ -20,7 +20,7 @@ by or divide: torch turns `tensor / number` into a multiplication with a rounded
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,18 +111,19 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def moe(
     x: Tensor,
-    experts: Callable[[int], tuple[Weight, Weight]],
+    experts: Callable[[int], tuple[Any, Any]],
     topk_weights: Tensor,
     topk_ids: Tensor,
     expert_map: Tensor | None = None,
     router_weight_on_input: bool = False,
+    linear: Callable[[Tensor, Any], Tensor] = linear,
 ) -> Tensor:
     """A mixture-of-experts layer (gate and up, silu_mul, down, weighted sum) over local experts.
 
     x `[M, H]`; `experts(e)` gives the local expert's w13 `[2 I, H]` (gate first) and w2 `[H, I]`;
     topk_weights float32 and topk_ids int `[M, topk]`; expert_map int32 `[global experts]` to local
     index or -1. Slots whose id is -1 or not local add nothing. Slots are added in order, in
-    float32, and rounded once.
+    float32, and rounded once. Another `linear` with the same bits may bring its own weights.
     """
     if router_weight_on_input:  # topk is 1
         x = x * topk_weights.to(x.dtype)
