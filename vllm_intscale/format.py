@@ -20,6 +20,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -75,7 +76,8 @@ class CheckpointConfig:
         as far as the overflow proof allows), a fixed number, or "heuristic" (one power of two per
         tensor, the smallest that lifts every scale to at least 1).
     ignore: layers left unquantized, full names or `re:` patterns that match the whole name.
-    overrides: name or pattern to the fields of `LayerScheme` it changes; the first match counts.
+    overrides: name or pattern to the fields of `LayerScheme` it changes; a full name counts before
+        patterns, and of these the first that matches.
     source: what the checkpoint was made from; free-form, for people.
     """
 
@@ -91,7 +93,7 @@ class CheckpointConfig:
         _check_scheme("quantization_config", dataclasses.asdict(self.default_scheme))
         if not (
             self.amplifier in ("channel", "heuristic")
-            or (isinstance(self.amplifier, int) and 1 <= self.amplifier <= 2**24)
+            or (type(self.amplifier) is int and 1 <= self.amplifier <= 2**24)
         ):
             _reject("amplifier", self.amplifier, "channel, heuristic or a number from 1 to 2**24")
         for pattern, fields in self.overrides.items():
@@ -99,8 +101,7 @@ class CheckpointConfig:
             if unknown:
                 _reject(f"overrides[{pattern!r}]", unknown, f"only {sorted(_SCHEME_LIMITS)}")
             _check_scheme(f"overrides[{pattern!r}]", fields)
-        for pattern in (*self.ignore, *self.overrides):
-            _compile(pattern)
+        _ = self._ignore_patterns, self._override_patterns  # refuse a bad pattern now
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> CheckpointConfig:
@@ -121,7 +122,14 @@ class CheckpointConfig:
         unknown = sorted(set(config) - names)
         if unknown:
             _reject("unknown key", unknown, f"one of {sorted(names)}")
-        return cls(**{**config, "ignore": tuple(config.get("ignore", ()))})
+        if not _is_list_of_str(ignore := config.pop("ignore", [])):
+            _reject("ignore", ignore, "a list of strings")
+        overrides = config.get("overrides", {})
+        if not (
+            isinstance(overrides, dict) and all(isinstance(f, dict) for f in overrides.values())
+        ):
+            _reject("overrides", overrides, "a dictionary of dictionaries")
+        return cls(ignore=tuple(ignore), **config)
 
     def to_dict(self) -> dict[str, Any]:
         """The dictionary to write into config.json."""
@@ -146,29 +154,57 @@ class CheckpointConfig:
 
     def scheme_of(self, layer: str) -> LayerScheme | None:
         """The scheme of the layer with this full name, or None if it is ignored."""
-        if any(matches(pattern, layer) for pattern in self.ignore):
+        if layer in self._ignore_names or any(p.fullmatch(layer) for p in self._ignore_patterns):
             return None
-        overrides = (f for pattern, f in self.overrides.items() if matches(pattern, layer))
-        scheme = dataclasses.replace(self.default_scheme, **next(overrides, {}))
+        scheme = dataclasses.replace(self.default_scheme, **self.override_of(layer))
         if self.amplifier != "channel":  # only the per-channel amplifier aims at max_group_scale
             scheme = dataclasses.replace(scheme, max_group_scale=INT16_MAX)
         return scheme
 
+    def override_of(self, layer: str) -> Mapping[str, int]:
+        """The fields that `overrides` changes for the layer with this full name."""
+        if layer in self.overrides:
+            return self.overrides[layer]
+        return next((f for p, f in self._override_patterns if p.fullmatch(layer)), {})
+
+    # Full names are looked up, not searched: a large mixture of experts may list thousands.
+
+    @cached_property
+    def _ignore_names(self) -> frozenset[str]:
+        return frozenset(self.ignore)
+
+    @cached_property
+    def _ignore_patterns(self) -> list[re.Pattern[str]]:
+        return [_compile(p) for p in self.ignore if is_pattern(p)]
+
+    @cached_property
+    def _override_patterns(self) -> list[tuple[re.Pattern[str], Mapping[str, int]]]:
+        return [(_compile(p), fields) for p, fields in self.overrides.items() if is_pattern(p)]
+
+
+def is_pattern(name: str) -> bool:
+    """Whether an entry of `ignore` or `overrides` is a `re:` pattern and not a full name."""
+    return name.startswith("re:")
+
 
 def matches(pattern: str, layer: str) -> bool:
     """Whether a full name or `re:` pattern of the config names this layer."""
-    if not pattern.startswith("re:"):  # configs name hundreds of layers in full
-        return pattern == layer
-    return _compile(pattern).fullmatch(layer) is not None
+    if is_pattern(pattern):
+        return _compile(pattern).fullmatch(layer) is not None
+    return pattern == layer
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
     try:
-        return re.compile(pattern[3:] if pattern.startswith("re:") else re.escape(pattern))
+        return re.compile(pattern.removeprefix("re:"))
     except re.error as error:
         raise IntScaleError(
             f"quantization_config: {pattern!r} is not a regular expression: {error}"
         ) from None
+
+
+def _is_list_of_str(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
 
 
 _SCHEME_LIMITS = {"bits": WEIGHT_BITS, "group_size": GROUP_SIZES, "max_group_scale": None}

@@ -4,6 +4,8 @@ A word holds `32 / bits` codes along K, lowest bits first, each stored as `code 
 
     bits = 4   word = (c0 + 8) | (c1 + 8) << 4 | ... | (c7 + 8) << 28
     bits = 8   word = (c0 + 128) | (c1 + 128) << 8 | ... | (c3 + 128) << 24
+
+Words are handled as their bytes: every platform that torch supports is little-endian.
 """
 
 from __future__ import annotations
@@ -17,16 +19,15 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
     Returns int32 `[..., K * bits / 32]`. K must be a multiple of `32 / bits`.
     """
-    per_word = 32 // bits
-    unsigned = (codes.to(torch.int32) + (1 << (bits - 1))).unflatten(-1, (-1, per_word))
-    words: Tensor = unsigned[..., 0].clone()
-    for i in range(1, per_word):
-        words |= unsigned[..., i] << (bits * i)
-    return words
+    unsigned = codes.to(torch.int8).view(torch.uint8) + (1 << (bits - 1))  # modulo 256
+    if bits == 4:
+        unsigned = unsigned[..., ::2] | (unsigned[..., 1::2] << 4)
+    return unsigned.contiguous().view(torch.int32)
 
 
 def unpack_codes(words: Tensor, bits: int) -> Tensor:
     """Inverse of `pack_codes`: int32 `[..., W]` to signed int8 codes `[..., W * 32 / bits]`."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    unsigned = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return (unsigned - (1 << (bits - 1))).to(torch.int8).flatten(-2)
+    unsigned = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        unsigned = torch.stack((unsigned & 15, unsigned >> 4), dim=-1).flatten(-2)
+    return (unsigned - (1 << (bits - 1))).view(torch.int8)

@@ -1,0 +1,257 @@
+"""A whole vLLM engine on CPU against `reference_model`: log-probabilities of prompts.
+
+Everything runs in processes of its own: an engine leaves its process changed.
+
+Tolerance: both sides compute in float32 and differ by rounding in attention and norms, about
+1e-6. Now and then such a difference flips an int8 activation code, which moves a log-probability
+by about 0.01. A model that is wrong somewhere (float weights, another number of ranks) differs by
+more than 0.1; each test checks that, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import IGNORE, VOCAB
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("vllm")
+reference_model = pytest.importorskip("reference_model")
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+
+MP = {"distributed_executor_backend": "mp"}
+TOLERANCE, WRONG = 0.02, 0.1
+SMALL = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 256}
+HERE = Path(__file__).parent
+Logprobs = list[list[float]]
+
+
+def make_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = (24, 17, 9)
+    return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+PROMPTS = make_prompts()
+
+
+def difference(a: Logprobs, b: Logprobs) -> float:
+    return float((torch.tensor(sum(a, [])) - torch.tensor(sum(b, []))).abs().max())
+
+
+def offline(folder: Path, tmp_path: Path, **engine: Any) -> tuple[Logprobs, str]:
+    """Log-probabilities of the prompts, and everything that was printed."""
+    job, result = tmp_path / "job.json", tmp_path / "result.json"
+    arguments = {"model": str(folder), "dtype": "float32", **SMALL, **engine}
+    job.write_text(json.dumps({"engine": arguments, "prompts": PROMPTS}))
+    processes = "distributed_executor_backend" in engine
+    environment = os.environ | ({"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if processes else {})
+    process = subprocess.run(
+        [sys.executable, HERE / "offline.py", job, result],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+    )
+    assert process.returncode == 0, process.stdout[-5000:]
+    return json.loads(result.read_text()), process.stdout
+
+
+def expected(folder: Path, ranks: int = 1) -> Logprobs:
+    model = reference_model.load(folder, torch.float32, ranks)
+    return reference_model.prompt_logprobs(model, PROMPTS)
+
+
+def report(output: str) -> str:
+    (line,) = {line.partition("] ")[2] for line in output.splitlines() if "intscale: " in line}
+    return line
+
+
+def test_dense(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("llama", ignore=IGNORE)
+    found, output = offline(folder, tmp_path, enforce_eager=True)
+    assert difference(found, expected(folder)) < TOLERANCE
+    assert difference(found, expected(folder, ranks=2)) > WRONG
+    assert report(output) == (
+        "intscale: 8 linear W4A8 g128, kernel reference, exact on CPU, 0 ignored"
+    )
+
+
+def test_experts_over_two_ranks(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("mixtral", ignore=IGNORE)
+    found, output = offline(
+        folder,
+        tmp_path,
+        enforce_eager=True,
+        tensor_parallel_size=2,
+        **MP,
+    )
+    assert difference(found, expected(folder, ranks=2)) < TOLERANCE
+    assert difference(found, expected(folder)) > WRONG
+    assert report(output) == (
+        "intscale: 4 linear W4A8 g128, 2 MoE of 4 experts W4A8 g128 + W4A8 g64, "
+        "kernel reference, exact on CPU, 0 ignored"
+    )
+
+
+def test_torch_compile_with_shared_expert(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("qwen2_moe", ignore=IGNORE)
+    found, _ = offline(folder, tmp_path)
+    assert difference(found, expected(folder)) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "ranks", "engine"),
+    [
+        ("qwen3_moe", 1, {"enforce_eager": True}),
+        ("mixtral", 1, {"enforce_eager": True}),
+        ("llama", 2, {"enforce_eager": True, "tensor_parallel_size": 2, **MP}),
+        ("llama", 1, {"pipeline_parallel_size": 2, **MP}),
+    ],
+)
+def test_more_combinations(
+    checkpoint: Callable[..., Path], tmp_path: Path, kind: str, ranks: int, engine: dict[str, Any]
+) -> None:
+    folder = checkpoint(kind, ignore=IGNORE)
+    found, _ = offline(folder, tmp_path, **engine)
+    assert difference(found, expected(folder, ranks)) < TOLERANCE
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Server:
+    """`vllm serve` in a process group of its own, its output in a file."""
+
+    def __init__(self, folder: Path, log: Path, **arguments: Any) -> None:
+        self.port, self.log = free_port(), log
+        options = {"model": folder, "port": self.port, "host": "127.0.0.1", **SMALL, **arguments}
+        flags = [text for k, v in options.items() for text in (f"--{k.replace('_', '-')}", str(v))]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags, "--enforce-eager"],
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def request(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
+        """Status and JSON body (None if there is none); status 0 if nobody listens."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                content = response.read()
+                return response.status, json.loads(content) if content else None
+        except urllib.error.HTTPError as error:
+            return error.code, None
+        except urllib.error.URLError:
+            return 0, None
+
+    def wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + 300
+        while self.request("/health")[0] != 200:
+            assert self.process.poll() is None, self.log.read_text()[-5000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-5000:]
+            time.sleep(1)
+
+    def logprobs(self, prompt: list[int]) -> list[float]:
+        body = {"prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 0, "temperature": 0}
+        status, answer = self.request("/v1/completions", body)
+        assert status == 200
+        return list(answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(prompt)])
+
+
+@contextmanager
+def serving(folder: Path, log: Path, **arguments: Any) -> Iterator[Server]:
+    server = Server(folder, log, **arguments)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            os.killpg(server.process.pid, signal.SIGKILL)
+            server.process.wait()
+
+
+def test_server(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("llama", ignore=IGNORE)
+    with serving(folder, tmp_path / "log", dtype="float32") as server:
+        server.wait_until_healthy()
+        first = [server.logprobs(prompt) for prompt in PROMPTS]
+        assert difference(first, expected(folder)) < TOLERANCE
+        for broken in (
+            {"prompt": PROMPTS[0], "max_tokens": -1},
+            {"prompt": PROMPTS[0], "temperature": "hot"},
+            {"prompt": [VOCAB + 1000]},
+            {"prompt": PROMPTS[0] * 20},  # longer than max_model_len
+            {"prompt": PROMPTS[0], "model": "another"},
+        ):
+            status, _ = server.request("/v1/completions", broken)
+            assert 400 <= status < 500, broken
+        assert server.request("/health")[0] == 200
+        again = [server.logprobs(prompt) for prompt in PROMPTS]
+        assert again == first
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=60) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+def broken_checkpoint(good: Path, out: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    shutil.copytree(good, out)
+    tensors = load_file(out / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def nan_scale(tensors: dict[str, Any]) -> None:
+    tensors["model.layers.1.mlp.up_proj.channel_scale"][7] = torch.nan
+
+
+def missing_tensor(tensors: dict[str, Any]) -> None:
+    del tensors["model.layers.0.self_attn.k_proj.group_scale"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (nan_scale, "model.layers.1.mlp.gate_up_proj.channel_scale holds a value that is not"),
+        (missing_tensor, "model.layers.0.self_attn.k_proj: tensor ['group_scale'] is missing"),
+    ],
+    ids=["nan", "missing"],
+)
+def test_server_refuses_broken_checkpoint(
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    edit: Callable[[dict[str, Any]], None],
+    text: str,
+) -> None:
+    good = checkpoint("llama", ignore=IGNORE)
+    folder = broken_checkpoint(good, tmp_path / "broken", edit)
+    with serving(folder, tmp_path / "log", dtype="float32") as server:
+        assert server.process.wait(timeout=200) != 0
+    (line, *_) = (line for line in server.log.read_text().splitlines() if text in line)
+    assert "quantize the model again" in line

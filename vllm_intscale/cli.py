@@ -1,0 +1,219 @@
+"""The command line: `intscale quantize` and `intscale eval`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vllm_intscale.errors import IntScaleError
+from vllm_intscale.format import ACCUMULATOR_MAX, Amplifier, CheckpointConfig
+
+if TYPE_CHECKING:
+    from vllm_intscale.quantize import Progress, Report
+
+GIB = 2**30
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal to draw a bar on
+
+app = typer.Typer(
+    help="W4A8 LLM quantization with Integer Scale, for vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the console script: errors are one line on stderr and exit code 1."""
+    try:
+        app()
+    except IntScaleError as error:
+        sys.exit(f"intscale: error: {error}")
+    except OSError as error:  # a full disk, a missing permission
+        sys.exit(f"intscale: error: {error}; free space or fix permissions, then run again")
+
+
+@app.command()
+def quantize(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Model folder or Hugging Face hub id.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 128, 64, 32.")] = 128,
+    amplifier: Annotated[
+        str, typer.Option(help="channel (best), heuristic, or one number for all layers.")
+    ] = "channel",
+    max_group_scale: Annotated[
+        int, typer.Option(help="Largest integer scale that amplifier channel aims at.")
+    ] = 255,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Layer to leave unquantized: full name, or re: and a regular expression that "
+            "matches it. Repeatable.",
+        ),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN:KEY=VALUE[,KEY=VALUE]",
+            help="Scheme of some layers: bits, group_size, max_group_scale. Repeatable, the first "
+            "match counts. Example: re:.*down_proj:group_size=64",
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+) -> None:
+    """Quantize a model: int4 weights, integer group scales, for int8 activations.
+
+    Weights are rounded to nearest; no calibration data and no GPU are needed.
+    """
+    from vllm_intscale.quantize import quantize_model
+
+    config = CheckpointConfig(
+        group_size=group_size,
+        amplifier=_parse_amplifier(amplifier),
+        max_group_scale=max_group_scale,
+        ignore=tuple(ignore or ()),
+        overrides=dict(map(_parse_override, override or ())),
+    )
+    start = time.monotonic()
+    with _progress_display() as on_progress:
+        report = quantize_model(source, out, config, revision, on_progress)
+    _print_report(report, time.monotonic() - start)
+    print(f"\nServe it:  vllm serve {out}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model folder or hub id, quantized or not.")
+    ],
+    text: Annotated[Path, typer.Option(help="Text file to measure on, UTF-8.")],
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    limit: Annotated[int | None, typer.Option(help="Use only the first windows.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of activations: bfloat16, float16, float32.")] = (
+        "bfloat16"
+    ),
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Share of the GPU's memory that vLLM may take.")
+    ] = 0.9,
+) -> None:
+    """Perplexity of a model on a text, through vLLM's engine.
+
+    Each whole window of tokens is scored alone, without a start token, on all but its first token.
+    The last line on stdout is JSON.
+    """
+    from vllm_intscale.evaluate import perplexity
+
+    result = perplexity(model, text, window, limit, dtype, gpu_memory_utilization)
+    print(f"windows     {result.windows} of {result.window} tokens")
+    print(f"tokens      {result.tokens} scored")
+    print(f"perplexity  {result.perplexity:.4f}")
+    print(json.dumps(result._asdict()))
+
+
+def _parse_amplifier(value: str) -> Amplifier:
+    # What is neither a name nor a number is refused by the config, as every other value.
+    return int(value) if value.isdecimal() else value  # type: ignore[return-value]
+
+
+def _parse_override(value: str) -> tuple[str, dict[str, int]]:
+    pattern, _, fields = value.rpartition(":")
+    try:
+        parsed = {key: int(number) for key, number in (f.split("=") for f in fields.split(","))}
+    except ValueError:
+        parsed = {}
+    if not (pattern and parsed):
+        raise IntScaleError(
+            f"--override {value}: it must be PATTERN:KEY=VALUE with whole numbers, for instance "
+            "re:.*down_proj:group_size=64"
+        )
+    return pattern, parsed
+
+
+@contextmanager
+def _progress_display() -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, otherwise a line now and then; on stderr."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _LineDisplay()
+        return
+    columns = (
+        TextColumn("quantizing"),
+        BarColumn(),
+        TextColumn("{task.fields[tensors]} tensors"),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task("", total=None, tensors="0")
+
+        def show(progress: Progress) -> None:
+            bar.update(
+                task,
+                completed=progress.bytes,
+                total=progress.total_bytes,
+                tensors=f"{progress.tensors}/{progress.total_tensors}",
+            )
+
+        yield show
+
+
+class _LineDisplay:
+    def __init__(self) -> None:
+        self.start = self.shown = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self.shown < SECONDS_BETWEEN_LINES:
+            return
+        self.shown = now
+        left = (now - self.start) * (progress.total_bytes / max(1, progress.bytes) - 1)
+        print(
+            f"quantizing: {progress.tensors}/{progress.total_tensors} tensors, "
+            f"{_size(progress.bytes)} of {_size(progress.total_bytes)}, {left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _print_report(report: Report, seconds: float) -> None:
+    bits = 8 * report.quantized_bytes / report.weights
+    print(
+        f"Quantized   {report.layers} layers, {_size(report.quantized_source_bytes)} to "
+        f"{_size(report.quantized_bytes)}, {bits:.2f} bits per weight"
+    )
+    for reason, layers in report.left.items():
+        names = ", ".join(layers[:2]) + (", ..." if len(layers) > 2 else "")
+        print(f"Left        {len(layers)} x {reason}: {names}")
+    print(
+        f"Model       {_size(report.source_bytes)} to {_size(report.written_bytes)} in "
+        f"{seconds:.0f} s"
+    )
+    print(f"Scales      {report.lost_groups} rounded to 0, which makes the group's weights 0")
+    print(
+        f"Overflow    impossible: int32 accumulators are used to at most "
+        f"{report.bound / ACCUMULATOR_MAX:.1%} ({report.bound_layer})"
+    )
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"

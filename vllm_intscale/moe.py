@@ -1,0 +1,148 @@
+"""The mixture-of-experts method: creates, loads, prepares and applies a stack of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from vllm.model_executor.layers.fused_moe import (
+    FusedMoEConfig,
+    FusedMoEMethodBase,
+    FusedMoeWeightScaleSupported,
+)
+from vllm.model_executor.utils import replace_parameter, set_weight_attrs
+
+from vllm_intscale import loading, ops
+from vllm_intscale.errors import IntScaleError
+from vllm_intscale.format import TENSOR_NAMES, LayerScheme, validate_layer
+
+# What vLLM's expert loader must know of a scale to cut it along the right dimension.
+_KINDS = {
+    "qweight": {},
+    "group_scale": {"quant_method": FusedMoeWeightScaleSupported.GROUP.value},
+    "channel_scale": {"quant_method": FusedMoeWeightScaleSupported.CHANNEL.value},
+}
+
+
+class IntScaleMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
+    """The routed experts of one layer, all of one scheme.
+
+    prefix: their full name, as `model.layers.0.mlp.experts`. The parameters, for E local experts,
+    hidden size H and I inner channels of this rank, are stacks of `IntScaleLinearMethod`'s:
+
+        w13_qweight, w13_group_scale, w13_channel_scale    N = 2 I (gate first), K = H
+        w2_qweight, w2_group_scale, w2_channel_scale       N = H, K = I
+    """
+
+    def __init__(
+        self, scheme: LayerScheme, prefix: str, report: loading.LoadReport, moe: FusedMoEConfig
+    ) -> None:
+        super().__init__(moe)
+        self.scheme = scheme
+        self.prefix = prefix
+        self.report = report
+        self.local_schemes: dict[str, LayerScheme] = {}
+        self.local_sizes: dict[str, tuple[int, int]] = {}
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the parameters. Raises IntScaleError if this rank's part cannot run."""
+        loading.check_runnable(self.prefix, self.scheme)
+        self._check_moe()
+        hidden, inner, tp_size = hidden_size, intermediate_size_per_partition, self.moe.tp_size
+        self.local_sizes = {"w13": (2 * inner, hidden), "w2": (hidden, inner)}
+        self.local_schemes = {
+            "w13": loading.partition_scheme(f"{self.prefix}.w13", self.scheme, hidden, 1),
+            "w2": loading.partition_scheme(
+                f"{self.prefix}.w2",
+                self.scheme,
+                inner * tp_size,
+                tp_size,
+                " or --enable-expert-parallel",
+            ),
+        }
+        for stack, scheme in self.local_schemes.items():
+            group_split = self.scheme.group_size // scheme.group_size
+            blanks = loading.blank_tensors(scheme, *self.local_sizes[stack], (num_experts,))
+            for name, blank in blanks.items():
+                loader = loading.strict_loader(
+                    extra_weight_attrs["weight_loader"],
+                    f"{self.prefix}.{stack}_{name}",
+                    group_split if name == "group_scale" else 1,
+                )
+                parameter = Parameter(blank, requires_grad=False)
+                set_weight_attrs(parameter, {"weight_loader": loader, **_KINDS[name]})
+                layer.register_parameter(f"{stack}_{name}", parameter)
+        schemes = dict.fromkeys(map(loading.describe_scheme, self.local_schemes.values()))
+        self.report.created(self.prefix, f"MoE of {num_experts} experts {' + '.join(schemes)}")
+
+    def _check_moe(self) -> None:
+        """Raise IntScaleError for a kind of expert that `reference.moe` does not describe."""
+        activation = self.moe.activation.value
+        for unsupported, what in (
+            (activation != "silu", f"the activation {activation!r}"),
+            (self.moe.has_bias, "a bias in experts"),
+            (self.moe.swiglu_limit is not None, f"swiglu_limit {self.moe.swiglu_limit}"),
+        ):
+            if unsupported:
+                raise IntScaleError(
+                    f"{self.prefix}: {what} is not supported, experts must be gated by silu "
+                    "without bias or limit; put them into ignore"
+                )
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """As `IntScaleLinearMethod.process_weights_after_loading`."""
+        if layer.w13_qweight.dim() != 3:
+            return
+        for stack, scheme in self.local_schemes.items():
+            tensors = {name: getattr(layer, f"{stack}_{name}").data for name in TENSOR_NAMES}
+            _, k = self.local_sizes[stack]
+            validate_layer(f"{self.prefix}.{stack}", tensors, scheme, k)
+            tensors["qweight"], tensors["group_scale"] = ops.prepare_weight(
+                tensors["qweight"], tensors["group_scale"], scheme.bits
+            )
+            for name, tensor in tensors.items():
+                replace_parameter(layer, f"{stack}_{name}", tensor)
+            loading.warm_up(tensors["qweight"], layer.params_dtype, scheme.group_size, moe=True)
+        self.report.ready(self.prefix, loading.describe_kernel(layer.w13_qweight))
+
+    def apply(
+        self,
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: torch.nn.Module | None,
+        shared_experts_input: Tensor | None,
+    ) -> Tensor:
+        """The local experts' share of the weighted sum, `[M, H]` to `[M, H]`.
+
+        vLLM's runner applies the shared experts and adds the shares of all ranks.
+        """
+        out: Tensor = ops.moe(
+            x,
+            [layer.w13_qweight, layer.w13_group_scale, layer.w13_channel_scale],
+            [layer.w2_qweight, layer.w2_group_scale, layer.w2_channel_scale],
+            topk_weights,
+            topk_ids,
+            layer.expert_map,
+            layer.apply_router_weight_on_input,
+        )
+        return out
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """None: activations are quantized inside `ops.moe`, not by vLLM."""
+        return None
+
+    def maybe_make_prepare_finalize(self, routing_tables: object = None) -> None:
+        """None: vLLM 0.26 would ask for a modular kernel otherwise; later versions do not."""
+        return None
