@@ -300,6 +300,9 @@ def test_good_checkpoint_passes(checkpoint: Path) -> None:
         ({"symmetric": False}, "symmetric"),
         ({"activation": {"bits": 4}}, "activation"),
         ({"input_transform": "hadamard"}, "input_transform"),
+        ({"ignore": "lm_head"}, "a list of strings"),
+        ({"overrides": ["lm_head"]}, "a dictionary of dictionaries"),
+        ({"amplifier": True}, "amplifier is True"),
         ({"quant_method": "gptq"}, "no quantization_config of method intscale"),
     ],
 )
@@ -329,6 +332,7 @@ NARROW = torch.zeros(256, 3, dtype=torch.int32)
         ({"channel_scale": torch.tensor(1.0)}, "channel_scale is F32 []"),
         ({"channel_scale": torch.ones(255)}, "need torch.int32 [255, 32]"),
         ({"weight": torch.ones(256, 256)}, "both quantized and as"),
+        ({"group_shift": torch.zeros(256, 2, dtype=torch.int8)}, "group_shift makes the layer"),
     ],
 )
 def test_tensor_is_missing_or_of_wrong_shape_or_dtype(

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import (
     QUANT_METHOD,
+    RESERVED_TENSOR,
     TENSOR_NAMES,
     CheckpointConfig,
     LayerScheme,
@@ -145,6 +146,11 @@ def validate_checkpoint(folder: Path) -> CheckpointConfig:
             raise IntScaleError(
                 f"{file}: {layer} is stored both quantized and as {layer}.weight; quantize the "
                 "model again into a new folder"
+            )
+        if f"{layer}.{RESERVED_TENSOR}" in tensors:
+            raise IntScaleError(
+                f"{file}: {layer}.{RESERVED_TENSOR} makes the layer asymmetric, which this release "
+                "cannot run; upgrade vllm-intscale, or quantize the model again"
             )
         _validate_headers(f"{file}: {layer}", parts, scheme)
     if not layers:

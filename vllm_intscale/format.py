@@ -38,6 +38,7 @@ ACCUMULATOR_MAX = 2**31 - 1
 ACTIVATION_MAX = 127
 ACTIVATION = {"bits": 8, "granularity": "token", "dynamic": True}
 TENSOR_NAMES = ("qweight", "group_scale", "channel_scale")
+RESERVED_TENSOR = "group_shift"  # int8 [N, K / g], for asymmetric sources
 
 Amplifier = Literal["channel", "heuristic"] | int
 
