@@ -26,22 +26,22 @@ INTSCALE = [sys.executable, "-m", "vllm_intscale"]
 
 
 def run(*command: str) -> str:
-    """Run a command, show it and its output, return its last line."""
-    print(f"\n$ {shlex.join(command).replace(' '.join(INTSCALE), 'intscale')}", flush=True)
-    last = ""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        last = line.rstrip() or last
-        print(line, end="", flush=True)
-    if process.wait():
-        sys.exit(process.returncode)
-    return last
+    """Run a command, show it and what it prints, return its last line.
+
+    vLLM's log, on stderr, is shown only if the command fails.
+    """
+    print(f"\n$ {shlex.join(command).replace(shlex.join(INTSCALE), 'intscale')}", flush=True)
+    result = subprocess.run(command, capture_output=True, text=True)
+    print(result.stdout, end="", flush=True)
+    if result.returncode:
+        print(result.stderr, end="", file=sys.stderr)
+        sys.exit(result.returncode)
+    return result.stdout.splitlines()[-1]
 
 
 def perplexity(model: str) -> float:
-    text = str(HERE / "tiny-llama-heldout.txt")
-    return float(json.loads(run(*INTSCALE, "eval", model, "--text", text))["perplexity"])
+    options = ("--text", str(HERE / "tiny-llama-heldout.txt"), "--window", "256")
+    return float(json.loads(run(*INTSCALE, "eval", model, *options))["perplexity"])
 
 
 def main() -> None:
@@ -57,7 +57,9 @@ def main() -> None:
         run(*INTSCALE, "quantize", args.model, quantized)
         before, after = perplexity(args.model), perplexity(quantized)
 
-        with running_server(quantized) as url:
+        log = Path(scratch) / "server.log"
+        with running_server(quantized, log=log) as url:
+            print(*(line for line in log.read_text().splitlines() if "intscale:" in line))
             client = OpenAI(base_url=f"{url}/v1", api_key="none")
             request = {"model": quantized, "prompt": args.prompt, "temperature": 0}
             client.completions.create(**request, max_tokens=8)  # warm up

@@ -11,28 +11,32 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 
 @contextlib.contextmanager
-def running_server(model: str, *options: str, timeout: float = 600) -> Iterator[str]:
+def running_server(model: str, *options: str, log: Path, timeout: float = 600) -> Iterator[str]:
     """Serve `model` on a free local port and yield the server's URL once it is healthy.
 
-    No `--quantization` flag: the checkpoint says what it is.
+    What the server prints goes to the file `log`. No `--quantization` flag: the checkpoint says
+    what it is.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [*_serve(model), "--host", "127.0.0.1", "--port", str(port), *options]
     print(f"\n$ {shlex.join(command)}", flush=True)
-    server = subprocess.Popen(command)
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + timeout
         while not _healthy(url):
             if server.poll() is not None:
-                raise RuntimeError(f"the server exited with code {server.returncode}; see above")
+                end = "".join(log.read_text().splitlines(keepends=True)[-30:])
+                raise RuntimeError(f"the server exited with code {server.returncode}:\n{end}")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"the server was not healthy after {timeout:.0f} s")
+                raise TimeoutError(f"the server was not healthy after {timeout:.0f} s; see {log}")
             time.sleep(0.5)
         yield url
     finally:

@@ -106,6 +106,7 @@ def load(folder: Path, dtype: torch.dtype, ranks: int = 1) -> nn.Module:
         {n: t for n, t in tensors.items() if n in model.state_dict()}, strict=False
     )
     assert not unexpected
+    model.tie_weights()
     for name, module in list(model.named_modules()):
         if name.endswith(".experts"):
             projections = ("gate_proj", "up_proj", "down_proj")
@@ -118,7 +119,9 @@ def load(folder: Path, dtype: torch.dtype, ranks: int = 1) -> nn.Module:
             split = ranks if name.endswith(ROW_PARALLEL) else 1
             linear = Linear(weight_of(tensors, name), module.bias, split)
             model.set_submodule(name, linear)
-    assert all(f"{n.removesuffix('.weight')}.qweight" in tensors or "expert" in n for n in missing)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    for name in set(missing) - tied:
+        assert "expert" in name or f"{name.removesuffix('.weight')}.qweight" in tensors
     return model
 
 

@@ -90,7 +90,7 @@ def test_dense(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     assert difference(found, expected(folder)) < TOLERANCE
     assert difference(found, expected(folder, ranks=2)) > WRONG
     assert report(output) == (
-        "intscale: 8 linear W4A8 g128, kernel reference, exact on CPU, 0 ignored"
+        "intscale: 8 linear W4A8 g128, kernel cpu_backend (torch._int_mm, exact), 0 ignored"
     )
 
 
@@ -107,7 +107,7 @@ def test_experts_over_two_ranks(checkpoint: Callable[..., Path], tmp_path: Path)
     assert difference(found, expected(folder)) > WRONG
     assert report(output) == (
         "intscale: 4 linear W4A8 g128, 2 MoE of 4 experts W4A8 g128 + W4A8 g64, "
-        "kernel reference, exact on CPU, 0 ignored"
+        "kernel cpu_backend (torch._int_mm, exact), 0 ignored"
     )
 
 

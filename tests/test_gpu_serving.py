@@ -69,9 +69,7 @@ def test_every_layer_gives_a_row_the_same_bits_alone_and_in_a_batch(quantized: P
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_vllm_serve_answers_concurrent_requests(
-    quantized: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_vllm_serve_answers_concurrent_requests(quantized: Path, tmp_path: Path) -> None:
     """CUDA graphs and torch.compile on, as `vllm serve` runs by default."""
     from openai import AsyncOpenAI
     from server import running_server
@@ -91,12 +89,12 @@ def test_vllm_serve_answers_concurrent_requests(
         assert all(a.usage and a.usage.completion_tokens for a in answers)
         return [a.choices[0].text for a in answers]
 
-    with running_server(str(quantized), *options) as url:
+    log_file = tmp_path / "server.log"
+    with running_server(str(quantized), *options, log=log_file) as url:
         texts = asyncio.run(ask_all(url))
     assert len(texts) == CONCURRENT and any(texts)
-    log = "".join(capfd.readouterr())
-    with capfd.disabled():
-        print(*(line for line in log.splitlines() if "intscale:" in line), sep="\n")
-        print(quantized.name, repr(texts[0]))
+    log = log_file.read_text()
+    print(*(line for line in log.splitlines() if "intscale:" in line), sep="\n")
+    print(quantized.name, repr(texts[0]))
     assert "kernel sm80_w4a8_gemm" in log
     assert "Graph capturing finished" in log

@@ -24,6 +24,11 @@ ROWS = 512  # of a weight prepared at a time: bounds the extra memory
 quantize_activation = reference.quantize_activation
 
 
+def describe() -> str:
+    """What runs, for the log."""
+    return "cpu_backend (torch._int_mm, exact)"
+
+
 def prepare_weight(qweight: Tensor, group_scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """qweight int32 `[..., N, K * bits / 32]` to digits int8 `[..., D, N, K]`.
 

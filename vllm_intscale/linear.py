@@ -103,7 +103,7 @@ class IntScaleLinearMethod(LinearMethodBase):  # type: ignore[misc]
         replace_parameter(layer, "group_scale", group_scale)
         replace_parameter(layer, "channel_scale", tensors["channel_scale"])
         loading.warm_up(qweight, layer.params_dtype, self.local_scheme.group_size, moe=False)
-        self.report.ready(self.prefix, loading.describe_kernel(qweight))
+        self.report.ready(self.prefix, ops.describe(qweight))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x `[..., K]` to `[..., N]` of the same dtype."""

@@ -112,15 +112,6 @@ def describe_scheme(scheme: LayerScheme) -> str:
     return f"W{scheme.bits}A8 g{scheme.group_size}"
 
 
-def describe_kernel(tensor: Tensor) -> str:
-    """The name, for people, of the kernel that runs a weight on this tensor's device."""
-    if tensor.is_cuda:
-        from vllm_intscale import cuda_backend
-
-        return cuda_backend.describe()
-    return "reference, exact on CPU"
-
-
 def warm_up(tensor: Tensor, dtype: torch.dtype, group_size: int, moe: bool) -> None:
     """Compile and load the kernels of a layer: they must exist before CUDA graphs are captured."""
     if tensor.is_cuda:

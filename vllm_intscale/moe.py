@@ -113,7 +113,7 @@ class IntScaleMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             for name, tensor in tensors.items():
                 replace_parameter(layer, f"{stack}_{name}", tensor)
             loading.warm_up(tensors["qweight"], layer.params_dtype, scheme.group_size, moe=True)
-        self.report.ready(self.prefix, loading.describe_kernel(layer.w13_qweight))
+        self.report.ready(self.prefix, ops.describe(layer.w13_qweight))
 
     def apply(
         self,

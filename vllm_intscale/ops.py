@@ -30,6 +30,12 @@ def _backend(tensor: Tensor) -> ModuleType:
     return cuda_backend
 
 
+def describe(tensor: Tensor) -> str:
+    """What runs the operators on this tensor's device, for the log."""
+    description: str = _backend(tensor).describe()
+    return description
+
+
 def prepare_weight(qweight: Tensor, group_scale: Tensor, bits: int = 4) -> tuple[Tensor, Tensor]:
     """Checkpoint layout to the layout that the operators take on the tensors' device."""
     prepared: tuple[Tensor, Tensor] = _backend(qweight).prepare_weight(qweight, group_scale, bits)
