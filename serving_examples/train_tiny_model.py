@@ -54,7 +54,7 @@ A Llama of {parameters:,} parameters that writes King James English: `LlamaForCa
   up to 512 tokens that do not overlap).
 - Training: {tokens:,} tokens ({epochs:.1f} epochs) in float32 on {hardware}, by
   `python serving_examples/train_tiny_model.py --text kjv.txt --out serving_examples/tiny-llama
-  --minutes {minutes:g}`.
+  --minutes {minutes:g} --device {device}`.
 - Licence: CC0-1.0.
 
 Greedy continuations:
@@ -188,7 +188,10 @@ def main() -> None:
         tokens=tokens,
         epochs=tokens / len(ids),
         minutes=args.minutes,
-        hardware=f"{torch.get_num_threads()} CPU threads" if args.device == "cpu" else args.device,
+        hardware=f"{torch.get_num_threads()} CPU threads"
+        if args.device == "cpu"
+        else torch.cuda.get_device_name(),
+        device=args.device,
         samples="\n\n".join(continue_greedily(model, tokenizer)),
     )
     (args.out / "README.md").write_text(card, encoding="utf-8")

@@ -138,8 +138,7 @@ def make_plan(folder: Path, wanted: CheckpointConfig) -> Plan:
     _check_quantizable(folder, matrices)
     matrices = _fit_group_sizes(matrices)
 
-    # The first match counts, so what was fitted goes before what was wanted.
-    overrides = {**_fitted_overrides(wanted, matrices), **wanted.overrides}
+    overrides = {**wanted.overrides, **_fitted_overrides(wanted, matrices)}
     ignore = tuple(m.layer for m in matrices if m.left and _looks_linear(m))
     config = dataclasses.replace(wanted, ignore=ignore, overrides=overrides)
     return Plan(folder, matrices, model_config, config)
