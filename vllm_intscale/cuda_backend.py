@@ -69,8 +69,12 @@ TILES = (
 
 
 def tile_for(tokens: int) -> Tile:
-    """The tile for this many tokens (per expert, on average, if grouped)."""
-    return next((tile for tile in TILES if tokens <= tile.m), TILES[-1])
+    """The tile for this many tokens (per expert, on average, if grouped).
+
+    Measured on an H100 over the layers of LLaMA-3-8B: twice its tokens is where a tile stops
+    being the fastest or close to it (32 tokens, down_proj: 31 us against 60 us of the next).
+    """
+    return next((tile for tile in TILES if tokens <= 2 * tile.m), TILES[-1])
 
 
 def describe() -> str:
