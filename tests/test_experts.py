@@ -94,6 +94,17 @@ def test_experts(ranks: int, expert_parallel: bool, group_size: int) -> None:
     torch.testing.assert_close(total, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", TENSOR_NAMES)
+def test_a_missing_tensor_of_an_expert_is_named(name: str) -> None:
+    with rank_of(0, 1):
+        layer = build_experts(config_of(), 1)
+    weights = expert_weights()
+    del weights[2]["up_proj"][name]
+    load_experts(layer, weights)
+    with pytest.raises(IntScaleError, match=rf"experts\.w13_{name} is missing"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
 def test_slots_without_an_expert_add_nothing() -> None:
     with rank_of(0, 1):
         layer = build_experts(config_of(), 1)

@@ -71,7 +71,7 @@ def test_missing_cupy_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(IntScaleError) as error:
         jit.import_cupy()
-    assert "pip install 'vllm-intscale[cuda" in one_line(error)
+    assert "pip install cupy-cuda" in one_line(error)
 
 
 def test_gpu_below_sm_80_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

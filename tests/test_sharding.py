@@ -98,6 +98,24 @@ def test_merged_columns(ranks: int) -> None:
         assert torch.equal(outputs(layer, x), wanted)
 
 
+@pytest.mark.parametrize("name", TENSOR_NAMES)
+def test_a_missing_part_of_a_fused_layer_is_named(name: str) -> None:
+    with rank_of(0, 1):
+        layer = linear.MergedColumnParallelLinear(
+            HIDDEN,
+            [384, 384],
+            bias=False,
+            params_dtype=torch.float32,
+            quant_config=config_of(),
+            prefix=f"{PREFIX}.mlp.gate_up_proj",
+        )
+    whole, part = quantized(384, HIDDEN, 0), quantized(384, HIDDEN, 1)
+    load(layer, whole, 0)
+    load(layer, {n: t for n, t in part.items() if n != name}, 1)
+    with pytest.raises(IntScaleError, match=rf"gate_up_proj\.{name} is missing .* 1 of 2 parts"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
 # 768 / 2 keeps groups of 128; 384 / 2 = 192 needs groups of 64; 384 / 4 = 96 groups of 32.
 @pytest.mark.parametrize(("k", "ranks", "group_size"), [(768, 2, 128), (384, 2, 64), (384, 4, 32)])
 def test_rows_split_groups(k: int, ranks: int, group_size: int) -> None:
@@ -193,13 +211,19 @@ def test_leading_dimensions_and_bias() -> None:
     torch.testing.assert_close(y.view(6, -1) - bias, flat, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["group_scale", "channel_scale"])
+@pytest.mark.parametrize("name", TENSOR_NAMES)
 def test_tensor_that_was_never_loaded(name: str) -> None:
     layer = replicated(config_of())
     tensors = quantized(HIDDEN, HIDDEN, 0)
     del tensors[name]
     load(layer, tensors)
-    with pytest.raises(IntScaleError, match=f"lin.{name} holds"):
+    with pytest.raises(IntScaleError, match=rf"lin\.{name} is missing in the checkpoint"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_layer_that_was_never_loaded() -> None:
+    layer = replicated(config_of())
+    with pytest.raises(IntScaleError, match=r"lin\.channel_scale holds a value that is not finite"):
         layer.quant_method.process_weights_after_loading(layer)
 
 

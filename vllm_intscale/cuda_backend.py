@@ -98,8 +98,13 @@ def prepare_weight(qweight: Tensor, group_scale: Tensor, bits: int = 4) -> tuple
     """
     assert bits == 4  # loading refuses others
     if qweight.dim() == 3:
-        pairs = [prepare_weight(q, s) for q, s in zip(qweight, group_scale, strict=True)]
-        return torch.stack([q for q, _ in pairs]), torch.stack([s for _, s in pairs])
+        matrices = (prepare_weight(q, s) for q, s in zip(qweight, group_scale, strict=True))
+        for expert, matrix in enumerate(matrices):
+            if expert == 0:
+                stack = tuple(t.new_empty(len(qweight), *t.shape) for t in matrix)
+            for target, tensor in zip(stack, matrix, strict=True):
+                target[expert] = tensor
+        return stack[0], stack[1]
     codes = unpack_codes(qweight, 4)
     n, k = codes.shape
     pad_n = _padded(n, 16) - n

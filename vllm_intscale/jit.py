@@ -78,7 +78,7 @@ def import_cupy() -> Any:
         major = (torch.version.cuda or "13").partition(".")[0]
         raise IntScaleError(
             f"CuPy cannot be imported ({error}); it compiles the CUDA kernels: "
-            f"pip install 'vllm-intscale[cuda{major}]'"
+            f"pip install cupy-cuda{major}x"
         ) from None
     return cupy
 

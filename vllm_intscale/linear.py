@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class IntScaleLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.local_k = 0
         self.prefix = prefix
         self.report = report
+        self.loads: Counter[str] = Counter()
 
     def create_weights(
         self,
@@ -61,7 +63,8 @@ class IntScaleLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
         def loader(name: str, group_split: int = 1) -> Any:
             original = extra_weight_attrs["weight_loader"]
-            return loading.strict_loader(original, f"{self.prefix}.{name}", group_split)
+            tensor = f"{self.prefix}.{name}"
+            return loading.strict_loader(original, tensor, self.loads, group_split)
 
         blank = loading.blank_tensors(scheme, n, k)
         layer.qweight = PackedvLLMParameter(
@@ -93,6 +96,7 @@ class IntScaleLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """
         if layer.qweight.dim() != 2:
             return
+        loading.check_complete(self.loads)
         tensors = {name: getattr(layer, name).data for name in TENSOR_NAMES}
         validate_layer(self.prefix, tensors, self.local_scheme, self.local_k)
         qweight, group_scale = ops.prepare_weight(

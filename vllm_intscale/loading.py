@@ -81,16 +81,20 @@ def blank_tensors(
     }
 
 
-def strict_loader(loader: MethodType, tensor: str, group_split: int = 1) -> MethodType:
+def strict_loader(
+    loader: MethodType, tensor: str, loads: Counter[str], group_split: int = 1
+) -> MethodType:
     """`loader`, a weight loader of a layer, behind a check of the dtype of what is loaded.
 
-    tensor: full name, for the error. group_split: into how many equal groups each group of the
-    checkpoint is split; above 1 the last dimension of what is loaded is repeated accordingly.
+    tensor: full name, for the error. loads: counts the calls by that name, for `check_complete`.
+    group_split: into how many equal groups each group of the checkpoint is split; above 1 the last
+    dimension of what is loaded is repeated accordingly.
 
     vLLM's own loaders convert any dtype silently. The result is again a method bound to the layer:
     layerwise reload unbinds the loaders it keeps, so that they do not keep a deleted model alive.
     """
     name = loader.__name__
+    loads[tensor] = 0
 
     def load(
         layer: torch.nn.Module, param: Tensor, loaded_weight: Tensor, *args: Any, **kwargs: Any
@@ -102,9 +106,26 @@ def strict_loader(loader: MethodType, tensor: str, group_split: int = 1) -> Meth
             )
         if group_split > 1:
             loaded_weight = loaded_weight.repeat_interleave(group_split, dim=-1)
+        loads[tensor] += 1
         return getattr(layer, name)(param, loaded_weight, *args, **kwargs)
 
     return MethodType(load, loader.__self__)
+
+
+def check_complete(loads: Counter[str]) -> None:
+    """Raise IntScaleError if a tensor of a layer was loaded from fewer parts than the others.
+
+    vLLM does not notice a tensor that a checkpoint lacks. One that lacks all tensors of a layer is
+    found by `format.validate_layer`: the scales are still `BLANK`.
+    """
+    parts = max(loads.values(), default=0)
+    for tensor, count in loads.items():
+        if count != parts:
+            raise IntScaleError(
+                f"{tensor} is missing in the checkpoint: {count} of {parts} parts were loaded; "
+                "download or quantize the model again"
+            )
+        loads[tensor] = 0  # for a reload
 
 
 def describe_scheme(scheme: LayerScheme) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class IntScaleMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.scheme = scheme
         self.prefix = prefix
         self.report = report
+        self.loads: dict[str, Counter[str]] = {"w13": Counter(), "w2": Counter()}
         self.local_schemes: dict[str, LayerScheme] = {}
         self.local_sizes: dict[str, tuple[int, int]] = {}
 
@@ -77,6 +79,7 @@ class IntScaleMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 loader = loading.strict_loader(
                     extra_weight_attrs["weight_loader"],
                     f"{self.prefix}.{stack}_{name}",
+                    self.loads[stack],
                     group_split if name == "group_scale" else 1,
                 )
                 parameter = Parameter(blank, requires_grad=False)
@@ -104,6 +107,7 @@ class IntScaleMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         if layer.w13_qweight.dim() != 3:
             return
         for stack, scheme in self.local_schemes.items():
+            loading.check_complete(self.loads[stack])
             tensors = {name: getattr(layer, f"{stack}_{name}").data for name in TENSOR_NAMES}
             _, k = self.local_sizes[stack]
             validate_layer(f"{self.prefix}.{stack}", tensors, scheme, k)

@@ -43,7 +43,7 @@ def prepare_weight(qweight: Tensor, group_scale: Tensor, bits: int = 4) -> tuple
 
 
 def integer_weight(qweight: Tensor, group_scale: Tensor, n: int, k: int) -> Tensor:
-    """`code * S`, int32 `[..., N, K]`, of a prepared weight."""
+    """`code * S`, int32 `[N, K]`, of a prepared weight."""
     weight: Tensor = _backend(qweight).integer_weight(qweight, group_scale, n, k)
     return weight
 
