@@ -16,11 +16,16 @@ pytest.importorskip("vllm")
 
 from one_rank import HIDDEN, PREFIX, Tensors, config_of, quantized, rank_of
 from vllm.config import set_current_vllm_config
-from vllm.model_executor.layers.fused_moe import FusedMoEFactory, RoutedExperts
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import TENSOR_NAMES
 from vllm_intscale.plugin import IntScaleConfig
+
+try:
+    from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+except ImportError:  # vLLM 0.26
+    from vllm.model_executor.layers.fused_moe import FusedMoE as FusedMoEFactory
 
 pytestmark = pytest.mark.usefixtures("one_process_world")
 EXPERTS, INNER, TOPK = 4, 384, 2
