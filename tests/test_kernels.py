@@ -205,8 +205,8 @@ def test_linear_alone_equals_linear_in_a_batch(dtype: torch.dtype) -> None:
         assert_same_bits(linear(x[i : i + 1]), y[i : i + 1], f"row {i}")
 
 
-def expert_stack(e: int, n: int, k: int, group_size: int) -> list[Weight]:
-    return [weight(n, k, group_size, seed=i) for i in range(e)]
+def expert_stack(e: int, n: int, k: int, group_size: int, device: str = "cpu") -> list[Weight]:
+    return [weight(n, k, group_size, seed=i, device=device) for i in range(e)]
 
 
 def prepared_stack(experts: list[Weight]) -> tuple[torch.Tensor, ...]:
@@ -214,36 +214,49 @@ def prepared_stack(experts: list[Weight]) -> tuple[torch.Tensor, ...]:
     return *ops.prepare_weight(stacks[0], stacks[1]), stacks[2]
 
 
-@pytest.mark.parametrize("kind", ["random", "skewed", "one", "holes"])
-@pytest.mark.parametrize(("n", "k", "group_size"), [(512, 512, 128), (1408, 704, 64), (96, 96, 32)])
-def test_grouped_gemm_equals_reference(n: int, k: int, group_size: int, kind: str) -> None:
-    experts = expert_stack(8, n, k, group_size)
+ROUTINGS = ("random", "skewed", "one", "holes")
+
+
+def check_grouped_gemm(n: int, k: int, group_size: int) -> None:
+    """Every slot of every routing, tile and output type against its expert's reference."""
+    experts = expert_stack(4, n, k, group_size, device="cuda")
     stack = prepared_stack(experts)
-    for m, topk in ((1, 2), (2, 2), (7, 3), (33, 2), (257, 2), (1024, 2)):
-        a8, token_scale = activation(m, k, device="cuda")
-        _, ids = routing(m, topk, 8, kind)
-        accs = torch.stack(
-            [reference.accumulate(a8.cpu(), w.codes, w.group_scale) for w in experts]
-        )
-        ys = {
-            d: [
-                reference.scale_output(a, token_scale.cpu(), w.channel_scale, None, d)
-                for a, w in zip(accs, experts, strict=True)
-            ]
-            for d in HALF
-        }
-        for tile, dtype in itertools.product(TILES, (torch.int32, *HALF)):
-            routes = cuda_backend.group_slots(ids.cuda(), None, 8, tile.m)
-            y = cuda_backend.grouped_gemm(a8, token_scale, stack, routes, dtype, tile).cpu()
-            y = y.view(m, topk, n)
-            every = accs if dtype == torch.int32 else torch.stack(ys[dtype])
-            used = ids >= 0
-            rows = torch.arange(m)[:, None].expand_as(ids)
-            case = f"M={m} topk={topk} {kind} {dtype} {tile}"
-            assert_same_bits(y[used], every[ids.long()[used], rows[used]], case)
+    a8, token_scale = activation(1024, k, device="cuda")
+    accs = [reference.accumulate(a8, w.codes, w.group_scale) for w in experts]
+    expected = {torch.int32: torch.stack(accs)}
+    for dtype in HALF:
+        outputs = [
+            reference.scale_output(acc, token_scale, w.channel_scale, None, dtype)
+            for acc, w in zip(accs, experts, strict=True)
+        ]
+        expected[dtype] = torch.stack(outputs)
+    for (m, topk), kind in itertools.product(
+        ((1, 2), (3, 1), (16, 2), (33, 3), (129, 2), (1024, 2)), ROUTINGS
+    ):
+        ids = routing(m, topk, 4, kind)[1].cuda()
+        used = ids >= 0
+        rows = torch.arange(m, device="cuda")[:, None].expand_as(ids)[used]
+        for tile in TILES:
+            routes = cuda_backend.group_slots(ids, None, 4, tile.m)
+            for dtype, every in expected.items():
+                y = cuda_backend.grouped_gemm(a8[:m], token_scale[:m], stack, routes, dtype, tile)
+                case = f"M={m} topk={topk} N={n} K={k} {kind} {dtype} {tile}"
+                assert_same_bits(y.view(m, topk, n)[used], every[ids.long()[used], rows], case)
 
 
-@pytest.mark.parametrize("kind", ["random", "skewed", "one", "holes"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("k", INPUTS)
+@pytest.mark.parametrize("n", CHANNELS)
+def test_grouped_gemm_equals_reference(n: int, k: int, group_size: int) -> None:
+    check_grouped_gemm(n, k, group_size)
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), [(1, 64, 64), (96, 96, 32), (1408, 704, 64)])
+def test_grouped_gemm_odd_shapes(n: int, k: int, group_size: int) -> None:
+    check_grouped_gemm(n, k, group_size)
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_moe_equals_reference(kind: str, dtype: torch.dtype) -> None:
     hidden, inner, experts = 256, 704, 8
