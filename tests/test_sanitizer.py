@@ -26,9 +26,6 @@ SUM_BARRIER = "__syncthreads();  // one warp's sum is complete"
 def sanitize(tool: str, *args: str) -> subprocess.CompletedProcess[str]:
     target = Path(__file__).with_name("sanitizer_target.py")
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-    if tool != "initcheck":  # which must see torch's kernels write what ours read
-        for name in ("w4a8_gemm", "quantize_activation", "silu_mul", "weighted_sum", "group_slots"):
-            command += ["--kernel-name", f"kernel_substring={name}"]
     command += [sys.executable, str(target), *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=550)
 
@@ -37,7 +34,7 @@ def sanitize(tool: str, *args: str) -> subprocess.CompletedProcess[str]:
 def test_clean(tool: str) -> None:
     result = sanitize(tool)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "0 errors" in result.stdout or "0 hazards" in result.stdout
+    assert "SUMMARY: 0 " in result.stdout
 
 
 @pytest.mark.parametrize("barrier", [STAGE_BARRIER, SUM_BARRIER])

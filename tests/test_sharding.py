@@ -76,20 +76,24 @@ def test_qkv_with_replicated_kv_heads(ranks: int) -> None:
         assert_loaded(layer, parts, rows)
 
 
+def gate_up() -> Any:
+    return linear.MergedColumnParallelLinear(
+        HIDDEN,
+        [384, 384],
+        bias=False,
+        params_dtype=torch.float32,
+        quant_config=config_of(),
+        prefix=f"{PREFIX}.mlp.gate_up_proj",
+    )
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_merged_columns(ranks: int) -> None:
     parts = [quantized(384, HIDDEN, seed) for seed in range(2)]
     x = torch.randn(5, HIDDEN)
     for rank in range(ranks):
         with rank_of(rank, ranks):
-            layer = linear.MergedColumnParallelLinear(
-                HIDDEN,
-                [384, 384],
-                bias=False,
-                params_dtype=torch.float32,
-                quant_config=config_of(),
-                prefix=f"{PREFIX}.mlp.gate_up_proj",
-            )
+            layer = gate_up()
         for shard, part in enumerate(parts):
             load(layer, part, shard)
         assert_loaded(layer, parts, lambda t, _, rank=rank: t.chunk(ranks)[rank])
@@ -101,14 +105,7 @@ def test_merged_columns(ranks: int) -> None:
 @pytest.mark.parametrize("name", TENSOR_NAMES)
 def test_a_missing_part_of_a_fused_layer_is_named(name: str) -> None:
     with rank_of(0, 1):
-        layer = linear.MergedColumnParallelLinear(
-            HIDDEN,
-            [384, 384],
-            bias=False,
-            params_dtype=torch.float32,
-            quant_config=config_of(),
-            prefix=f"{PREFIX}.mlp.gate_up_proj",
-        )
+        layer = gate_up()
     whole, part = quantized(384, HIDDEN, 0), quantized(384, HIDDEN, 1)
     load(layer, whole, 0)
     load(layer, {n: t for n, t in part.items() if n != name}, 1)

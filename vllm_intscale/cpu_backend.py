@@ -59,6 +59,14 @@ def integer_weight(qweight: Tensor, group_scale: Tensor, n: int, k: int) -> Tens
     return (qweight * base[:, None, None]).sum(-3, dtype=torch.int32)
 
 
+def accumulate(a8: Tensor, qweight: Tensor) -> Tensor:
+    """See `reference.accumulate`; int32 `[M, N]`."""
+    acc = torch._int_mm(a8, qweight[0].T)
+    for i, digit in enumerate(qweight[1:], start=1):
+        acc += torch._int_mm(a8, digit.T) << 7 * i
+    return acc
+
+
 def gemm(
     a8: Tensor,
     token_scale: Tensor,
@@ -69,9 +77,7 @@ def gemm(
     dtype: torch.dtype,
 ) -> Tensor:
     """See `reference.gemm`; the weight as `prepare_weight` made it. int32 gives accumulators."""
-    acc = torch._int_mm(a8, qweight[0].T)
-    for i, digit in enumerate(qweight[1:], start=1):
-        acc += torch._int_mm(a8, digit.T) << 7 * i
+    acc = accumulate(a8, qweight)
     if dtype == torch.int32:
         return acc
     return reference.scale_output(acc, token_scale, channel_scale, bias, dtype)
@@ -94,7 +100,8 @@ def moe(
     def linear(x: Tensor, weight: tuple[Tensor, Tensor]) -> Tensor:
         qweight, channel_scale = weight
         a8, token_scale = quantize_activation(x)
-        return gemm(a8, token_scale, qweight, qweight, channel_scale, None, x.dtype)
+        acc = accumulate(a8, qweight)
+        return reference.scale_output(acc, token_scale, channel_scale, None, x.dtype)
 
     return reference.moe(
         x, experts, topk_weights, topk_ids, expert_map, router_weight_on_input, linear

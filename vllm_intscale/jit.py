@@ -137,15 +137,16 @@ def load(kernel: Kernel, device: int) -> Any:
     return function
 
 
-_streams: dict[int, Any] = {}
+_streams: dict[tuple[int | None, int], Any] = {}  # by device and handle: every default stream is 0
 
 
 def _current_stream(device: torch.device) -> Any:
     """CuPy's view of torch's current stream; CuPy would otherwise launch on its own."""
     stream = torch.cuda.current_stream(device)
-    if stream.cuda_stream not in _streams:
-        _streams[stream.cuda_stream] = import_cupy().cuda.Stream.from_external(stream)
-    return _streams[stream.cuda_stream]
+    key = (device.index, stream.cuda_stream)
+    if key not in _streams:
+        _streams[key] = import_cupy().cuda.Stream.from_external(stream)
+    return _streams[key]
 
 
 def launch(
