@@ -1,8 +1,8 @@
 // Row-wise work on activations, one block a row (token or expert slot), 16-bit floats in:
 //
-//   quantize_activation   x [rows, k]        -> a8 int8 [rows, k], token_scale float32 [rows]
-//   silu_mul_quantize     gate_up [rows, 2k] -> the same, of silu(gate) * up rounded to the dtype
-//   weighted_sum          y [tokens * topk, n] -> out [tokens, n], slots added in order
+//   quantize_activation   x [rows, k]        -> a8 int8 (layout: common.cuh), token_scale float32
+//   [rows] silu_mul_quantize     gate_up [rows, 2k] -> the same, of silu(gate) * up rounded to the
+//   dtype weighted_sum          y [tokens * topk, n] -> out [tokens, n], slots added in order
 //
 // Contract: bit-identical to reference.{quantize_activation, silu_mul, moe}. k and n are multiples
 // of 8, rows are 16-byte aligned; row strides are in elements. Launch: <<<rows, 256>>>;
@@ -37,7 +37,9 @@ __device__ __forceinline__ TokenScale token_scale_of(uint32_t amax_bits) {
   return {div_rn(amax, 127.0f), div_rn(127.0f, amax)};
 }
 
-__device__ __forceinline__ void store_codes(int8_t* out, const float (&x)[kVector], float inverse) {
+// Codes of columns k .. k + 7 of a row.
+__device__ __forceinline__ void store_codes(int8_t* a8, int64_t row, int64_t rows_padded, int k,
+                                            const float (&x)[kVector], float inverse) {
   uint32_t words[2] = {0, 0};
   if (inverse != 0.0f) {  // else x may hold NaN
 #pragma unroll
@@ -45,7 +47,8 @@ __device__ __forceinline__ void store_codes(int8_t* out, const float (&x)[kVecto
       words[i / 4] |= uint32_t(round_to_int(mul_rn(x[i], inverse)) & 0xff) << (8 * (i % 4));
     }
   }
-  *reinterpret_cast<uint2*>(out) = make_uint2(words[0], words[1]);
+  int8_t* chunk = a8 + activation_chunk(row, rows_padded, k);
+  *reinterpret_cast<uint2*>(chunk + k % 16) = make_uint2(words[0], words[1]);
 }
 
 __device__ __forceinline__ uint32_t magnitude(const float (&x)[kVector]) {
@@ -57,7 +60,8 @@ __device__ __forceinline__ uint32_t magnitude(const float (&x)[kVector]) {
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     quantize_activation(const uint16_t* x, int8_t* a8, float* token_scale, int64_t k,
-                        int64_t row_stride) {
+                        int64_t row_stride, int64_t rows_padded) {
+  let_next_kernel_start();
   const int64_t row = blockIdx.x;
   const uint4* in = reinterpret_cast<const uint4*>(x + row * row_stride);
   uint32_t largest = 0;
@@ -70,14 +74,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   for (int64_t i = threadIdx.x; i < k / kVector; i += kThreads) {
     float v[kVector];
     unpack8<DTYPE>(in[i], v);
-    store_codes(a8 + row * k + i * kVector, v, s.inverse);
+    store_codes(a8, row, rows_padded, int(i) * kVector, v, s.inverse);
   }
   if (threadIdx.x == 0) token_scale[row] = s.scale;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     silu_mul_quantize(const uint16_t* gate_up, const int* slot_expert, int8_t* a8,
-                      float* token_scale, int64_t k) {
+                      float* token_scale, int64_t k, int64_t rows_padded) {
   extern __shared__ uint4 hidden[];  // the row of silu(gate) * up, rounded
   const int64_t row = blockIdx.x;
   if (slot_expert != nullptr && slot_expert[row] < 0) return;
@@ -103,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   for (int64_t i = threadIdx.x; i < k / kVector; i += kThreads) {  // its own elements: no barrier
     float v[kVector];
     unpack8<DTYPE>(hidden[i], v);
-    store_codes(a8 + row * k + i * kVector, v, s.inverse);
+    store_codes(a8, row, rows_padded, int(i) * kVector, v, s.inverse);
   }
   if (threadIdx.x == 0) token_scale[row] = s.scale;
 }

@@ -14,6 +14,7 @@ using int16_t = short;
 using uint16_t = unsigned short;
 using uint32_t = unsigned int;
 using int64_t = long long;
+using uint64_t = unsigned long long;
 #else
 #include <cstdint>
 #endif
@@ -107,6 +108,29 @@ __device__ __forceinline__ void unpack8(uint4 v, float (&out)[8]) {
     out[2 * i] = to_float<dtype>(uint16_t(words[i]));
     out[2 * i + 1] = to_float<dtype>(uint16_t(words[i] >> 16));
   }
+}
+
+// Activations quantized to int8 lie in blocks of 128 k, [ceil(k / 128)][rows padded to 8][128], so
+// that a tile of tokens is contiguous; 16-byte chunk c of a row is stored at chunk c ^ (row % 8),
+// which makes reading a column of chunks free of bank conflicts and is what wgmma expects.
+// Offset in bytes of the 16-byte chunk that holds column `k`:
+__device__ __forceinline__ int64_t activation_chunk(int64_t row, int64_t rows_padded, int k) {
+  return (k / 128 * rows_padded + row) * 128 + ((k / 16 % 8) ^ int(row % 8)) * 16;
+}
+
+// ---- programmatic dependent launch: nothing happens in an ordinary launch ----------------------
+
+// The next kernel may start, and do what does not depend on this one.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Everything that the kernels before have written is visible.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // ---- asynchronous copies -----------------------------------------------------------------------

@@ -5,7 +5,7 @@
 //
 // Contract (bit-identical to reference.gemm; "accumulate" form: the group scale multiplies the
 // int32 partial sum of its group)
-//   a8           int8 [rows, k], k a multiple of 32, 16-byte aligned
+//   a8           int8, the layout of common.cuh; k a multiple of 32
 //   token_scale  float32 [rows]
 //   qweight      int4 tiles [ceil(n / 16)][ceil(k / 64)][32 lanes][16 bytes], see below
 //   group_scale  int16 [ceil(k / GROUP)][n rounded up to 16]
@@ -13,7 +13,8 @@
 //   out          DTYPE [m, n]; with -DDTYPE=INT32 the accumulators
 //   grid (ceil(m / TILE_M), ceil(n / TILE_N)), block 32 * WARPS_N * WARPS_M * WARPS_K
 // With -DGROUPED=1 a tile of tokens is one tile of `moe_routing.cu`: rows are gathered from
-// a8[slot / slots_per_row], written to out[slot], and each tensor has a leading expert dimension.
+// row slot / slots_per_row of a8, written to out[slot], and each tensor has a leading expert
+// dimension.
 //
 // Weights are the A operand (16 output channels x 32 k), tokens the B operand (8 tokens), so few
 // tokens waste little. The 16 bytes of a lane hold its A fragments of two k-steps:
@@ -56,8 +57,9 @@ struct Fragments {  // int32 accumulators of a warp's tile
 
 // Shared memory of one stage <- k from `k0`. Everything past n, k or the last row becomes zero.
 __device__ __forceinline__ void load_stage(uint32_t stage, int k0, const int8_t* a8,
-                                           const int* source_row, const uint4* qweight,
-                                           const int16_t* group_scale, int n0, int n, int k) {
+                                           int64_t rows_padded, const int* source_row,
+                                           const uint4* qweight, const int16_t* group_scale, int n0,
+                                           int n, int k) {
   const int row_tiles = (n + 15) / 16, k_tiles = (k + 63) / 64, groups = (k + GROUP - 1) / GROUP;
 #pragma unroll
   for (int i = threadIdx.x; i < kWeightBytes / 16; i += kThreads) {
@@ -75,7 +77,7 @@ __device__ __forceinline__ void load_stage(uint32_t stage, int k0, const int8_t*
     const int column = k0 + slice * kSlice + chunk * 16, source = source_row[row];
     const bool valid = source >= 0 && column < k;
     copy16(tokens + ((slice * TILE_M + row) * 8 + (chunk ^ (row % 8))) * 16,
-           a8 + (valid ? int64_t(source) * k + column : 0), valid);
+           a8 + (valid ? activation_chunk(source, rows_padded, column) : 0), valid);
   }
   const uint32_t scales = tokens + kTokenBytes;
 #pragma unroll
@@ -189,8 +191,8 @@ __device__ __forceinline__ Out scale_output(int acc, float channel_scale, float 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     w4a8_gemm(const int8_t* a8, const float* token_scale, const uint4* qweight,
               const int16_t* group_scale, const float* channel_scale, const uint16_t* bias,
-              Out* out, int m, int n, int k, const int* sorted_slots, const int* tile_expert,
-              const int* tile_count, int slots_per_row) {
+              Out* out, int m, int rows_padded, int n, int k, const int* sorted_slots,
+              const int* tile_expert, const int* tile_count, int slots_per_row) {
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ int source_row[TILE_M];  // row of a8, -1: none
   __shared__ int output_row[TILE_M];
@@ -224,8 +226,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t base = shared_address(shared);
   for (int s = 0; s < STAGES - 1; ++s) {
     if (s < stages) {
-      load_stage(base + s * kStageBytes, s * kStage, a8, source_row, qweight, group_scale, n0, n,
-                 k);
+      load_stage(base + s * kStageBytes, s * kStage, a8, rows_padded, source_row, qweight,
+                 group_scale, n0, n, k);
     }
     commit_copies();
   }
@@ -234,8 +236,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();  // stage s has arrived for all, and stage s - 1 is free for all
     const int ahead = s + STAGES - 1;
     if (ahead < stages) {
-      load_stage(base + ahead % STAGES * kStageBytes, ahead * kStage, a8, source_row, qweight,
-                 group_scale, n0, n, k);
+      load_stage(base + ahead % STAGES * kStageBytes, ahead * kStage, a8, rows_padded, source_row,
+                 qweight, group_scale, n0, n, k);
     }
     commit_copies();
     multiply_slice(acc, partial, shared + s % STAGES * kStageBytes, warp_k, warp_n, warp_m);

@@ -14,13 +14,28 @@ CHANNELS = (64, 512, 1408, 4096, 6144)
 INPUTS = (128, 512, 1408, 4096, 14336)
 
 
-def weight(n: int, k: int, group_size: int, *, seed: int = 0, device: str = "cpu") -> Weight:
-    """Gaussian codes, group scales of both signs, channel scales over four decades."""
+def weight(
+    n: int,
+    k: int,
+    group_size: int,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    foldable: bool = False,
+) -> Weight:
+    """Gaussian codes, group scales of both signs, channel scales over four decades.
+
+    foldable: without the code -8 in groups of a negative scale.
+    """
     rng = torch.Generator(device).manual_seed(seed)
     codes = (torch.randn(n, k, generator=rng, device=device) * 3).round().clamp(-8, 7)
     sign = torch.randint(0, 2, (n, k // group_size), generator=rng, device=device) * 2 - 1
     scale = torch.randint(0, 256, sign.shape, generator=rng, device=device) * sign
     channel = 10 ** (torch.rand(n, generator=rng, device=device) * 4 - 6)
+    if foldable:
+        codes = torch.where(
+            (scale < 0).repeat_interleave(group_size, 1), codes.clamp(min=-7), codes
+        )
     result = Weight(codes.to(torch.int8), scale.to(torch.int16), channel)
     assert int(accumulator_bound(result.codes, result.group_scale).max()) <= ACCUMULATOR_MAX
     return result

@@ -1,5 +1,5 @@
 """Runs every kernel on small shapes with ragged edges; started by test_sanitizer.py under
-compute-sanitizer. `--remove TEXT` deletes the first occurrence of TEXT from the GEMM source: the
+compute-sanitizer. `--remove FILE TEXT` deletes the first occurrence of TEXT from a source: the
 proof that racecheck would see a missing barrier."""
 
 from __future__ import annotations
@@ -9,26 +9,46 @@ import argparse
 import torch
 from generators import activation, assert_same_bits, packed, routing, weight
 
-from vllm_intscale import cuda_backend, jit, ops, reference
+from vllm_intscale import cuda_backend, jit, ops, reference, sm80_gemm, sm90_gemm
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--remove", default="")
-    remove = parser.parse_args().remove
+    parser.add_argument("--remove", nargs=2, default=())
+    parser.add_argument("--portable", action="store_true", help="leave out the Hopper kernel")
+    options = parser.parse_args()
+    remove = options.remove
     if remove:
         read = jit.read_source
-        assert remove in read("sm80_w4a8_gemm.cu")
-        jit.read_source = lambda file: read(file).replace(remove, "", 1)
+        assert remove[1] in read(remove[0])
+        jit.read_source = lambda file: read(file).replace(
+            remove[1] if file == remove[0] else "\0", ""
+        )
+    hopper = torch.cuda.get_device_capability()[0] == 9 and not options.portable
     for n, k, group_size in ((40, 1056, 32), (132, 384, 128)):
-        w = weight(n, k, group_size)
+        w = weight(n, k, group_size, foldable=True)
         qweight, group_scale, channel_scale = (t.cuda() for t in packed(w))
-        ready = (*ops.prepare_weight(qweight, group_scale), channel_scale)
         a8, token_scale = activation(35, k)
-        acc = reference.accumulate(a8, w.codes, w.group_scale)
-        for tile in cuda_backend.TILES:
-            y = cuda_backend.gemm(a8.cuda(), token_scale.cuda(), *ready, None, torch.int32, tile)
+        runs = [
+            (w, (*sm80_gemm.prepare_weight(qweight, group_scale), channel_scale), tile, None)
+            for tile in sm80_gemm.TILES
+        ]
+        for form in sm90_gemm.FORMS if hopper else ():
+            exact = reference.fold(w) if form == "fold" else w
+            ready = sm90_gemm.prepare_weight(w.codes.cuda(), group_scale, channel_scale, form)
+            for tile in sm90_gemm.tiles(form):
+                runs += [
+                    (exact, ready, tile, splits)
+                    for splits in (1, 2)
+                    if splits in tile.splits(k, group_size, form)
+                ]
+        for exact, ready, tile, splits in runs:
+            blocked = cuda_backend.swizzle(a8.cuda())
+            y = cuda_backend.gemm(
+                blocked, token_scale.cuda(), *ready, None, torch.int32, tile, splits
+            )
             if not remove:
+                acc = reference.accumulate(a8, exact.codes, exact.group_scale)
                 assert_same_bits(y.cpu(), acc)
     if remove:
         return
@@ -37,10 +57,10 @@ def main() -> None:
     w2 = [packed(weight(64, 64, 32, seed=e)) for e in range(4)]
     for experts in (w13, w2):
         q, s, c = (torch.stack(t).cuda() for t in zip(*experts, strict=True))
-        stacks.append([*ops.prepare_weight(q, s), c])
+        stacks.append(ops.prepare_weight(q, s, c))
     weights, ids = (t.cuda() for t in routing(35, 2, 4, "holes"))
     x = torch.randn(35, 64, device="cuda", dtype=torch.bfloat16)
-    for tile in cuda_backend.TILES:
+    for tile in sm80_gemm.TILES:
         cuda_backend.moe(x, *stacks, weights, ids, None, False, tile=tile)
     torch.cuda.synchronize()
 

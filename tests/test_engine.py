@@ -99,7 +99,7 @@ def test_dense(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     assert agree(found, expected(folder))
     assert not agree(found, expected(folder, ranks=2))
     assert report(output) == (
-        "intscale: 8 linear W4A8 g128, kernel cpu_backend (torch._int_mm, exact), 0 ignored"
+        "intscale: 8 linear W4A8 g128, 8 on cpu_backend (torch._int_mm, exact), 0 ignored"
     )
 
 
@@ -116,7 +116,7 @@ def test_experts_over_two_ranks(checkpoint: Callable[..., Path], tmp_path: Path)
     assert not agree(found, expected(folder))
     assert report(output) == (
         "intscale: 4 linear W4A8 g128, 2 MoE of 4 experts W4A8 g128 + W4A8 g64, "
-        "kernel cpu_backend (torch._int_mm, exact), 0 ignored"
+        "6 on cpu_backend (torch._int_mm, exact), 0 ignored"
     )
 
 

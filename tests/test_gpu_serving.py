@@ -52,13 +52,15 @@ def test_every_layer_gives_a_row_the_same_bits_alone_and_in_a_batch(quantized: P
             )
             codes = unpack_codes(qweight, 4)
             x = torch.randn(64, codes.shape[1]).to(torch.bfloat16)
-            ready = *ops.prepare_weight(qweight.cuda(), group_scale.cuda()), channel_scale.cuda()
+            ready = ops.prepare_weight(qweight.cuda(), group_scale.cuda(), channel_scale.cuda())
 
             def linear(x: torch.Tensor, ready: tuple[torch.Tensor, ...] = ready) -> torch.Tensor:
                 return ops.gemm(*ops.quantize_activation(x), *ready, None, x.dtype).cpu()
 
             y = linear(x.cuda())
             weight = reference.Weight(codes, group_scale, channel_scale)
+            if "fold form" in ops.describe(*ready[:2]):
+                weight = reference.fold(weight)
             assert_same_bits(y, reference.linear(x, weight), prefix)
             for row in range(64):
                 alone = linear(x[row : row + 1].cuda())
@@ -96,5 +98,5 @@ def test_vllm_serve_answers_concurrent_requests(quantized: Path, tmp_path: Path)
     log = log_file.read_text()
     print(*(line for line in log.splitlines() if "intscale:" in line), sep="\n")
     print(quantized.name, repr(texts[0]))
-    assert "kernel sm80_w4a8_gemm" in log
+    assert "on sm" in log
     assert "Graph capturing finished" in log

@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import generators
 import pytest
 import torch
 
-from vllm_intscale import cuda_backend, jit
+from vllm_intscale import cuda_backend, jit, sm80_gemm, sm90_gemm
 from vllm_intscale.errors import IntScaleError
 
 ROOT = Path(__file__).parents[1]
@@ -46,17 +47,23 @@ def test_includes_are_pasted_into_the_source() -> None:
 def test_every_variant_compiles_without_local_memory(arch: int) -> None:
     """With NVRTC itself, for every architecture; no GPU is needed for that."""
     nvrtc = pytest.importorskip("cupy", reason="needs CuPy and NVRTC").cuda.nvrtc
-    variants = {
-        kernel
-        for dtype, group_size, moe in itertools.product(
-            (torch.bfloat16, torch.float16), (32, 64, 128), (False, True)
-        )
-        for kernel in cuda_backend.kernels(dtype, group_size, moe)
-    }
-    assert len(variants) == 6 + 3 * 3 * 2 * 2 + 1
+    variants: set[jit.Kernel] = set()
+    for dtype, group_size in itertools.product((torch.bfloat16, torch.float16), (32, 64, 128)):
+        w = generators.weight(64, 128, group_size, foldable=True)
+        qweight, group_scale, _ = generators.packed(w)
+        weights = [
+            sm80_gemm.prepare_weight(q, s)
+            for q, s in ((qweight, group_scale), (qweight[None], group_scale[None]))
+        ]
+        if arch == 90:
+            weights += [sm90_gemm.prepare_weight(*w, form)[:2] for form in sm90_gemm.FORMS]
+        for each in weights:
+            variants.update(cuda_backend.kernels(each, dtype))
+    assert len(variants) == 6 + 3 * 3 * 2 * 2 + 1 + (12 * 3 * 2 if arch == 90 else 0)
     for kernel in variants:
         source = jit.read_source(kernel.file)
-        options = [*jit.compile_options(kernel), f"-arch=sm_{arch}", "-ftz=true"]
+        options = [*jit.compile_options(kernel), "-ftz=true"]
+        options += [] if kernel.arch else [f"-arch=sm_{arch}"]
         program = nvrtc.createProgram(source, kernel.file, (), ())
         try:
             nvrtc.compileProgram(program, [*options, "--ptxas-options=-v"])
@@ -64,6 +71,7 @@ def test_every_variant_compiles_without_local_memory(arch: int) -> None:
             pytest.fail(f"{kernel} for sm_{arch}: {nvrtc.getProgramLog(program)}")
         log = nvrtc.getProgramLog(program)
         assert "0 bytes stack frame, 0 bytes spill stores" in log, f"{kernel} sm_{arch}: {log}"
+        assert "serialized" not in log, f"{kernel} sm_{arch}: {log}"
         nvrtc.destroyProgram(program)
 
 
@@ -85,7 +93,7 @@ def test_gpu_below_sm_80_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unsupported_dtype_names_the_remedy() -> None:
     with pytest.raises(IntScaleError, match="--dtype bfloat16"):
-        cuda_backend.kernels(torch.float32, 128, False)
+        cuda_backend.quantize_activation(torch.ones(1, 8))
 
 
 def test_unwritable_cache_falls_back_to_a_temporary_folder(

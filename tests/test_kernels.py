@@ -26,19 +26,20 @@ from generators import (
     weight,
 )
 
-from vllm_intscale import jit, ops, reference
+from vllm_intscale import cuda_backend, jit, ops, reference, sm80_gemm, sm90_gemm
 from vllm_intscale.reference import Weight
+from vllm_intscale.sm80_gemm import TILES
+from vllm_intscale.sm90_gemm import FORMS
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-if torch.cuda.is_available():
-    from vllm_intscale import cuda_backend
-    from vllm_intscale.cuda_backend import TILES, Tile
-
-    HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+# Of dense layers: the portable kernel, and both forms of the Hopper kernel.
+FAMILIES = ("sm80", *(FORMS if HOPPER else ()))
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +52,35 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def prepared(w: Weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    qweight, group_scale, channel_scale = packed(w)
-    return *ops.prepare_weight(qweight, group_scale), channel_scale
+def prepared(w: Weight, family: str = "") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """In the layout of a kernel family, or of the one that the operator would choose."""
+    if family in FORMS:
+        return sm90_gemm.prepare_weight(*w, family)
+    if family == "sm80":
+        qweight, group_scale, channel_scale = packed(w)
+        return *sm80_gemm.prepare_weight(qweight, group_scale), channel_scale
+    return ops.prepare_weight(*packed(w))
 
 
-def check_gemm(w: Weight, tokens: tuple[int, ...], tiles: tuple[Tile, ...]) -> None:
+def arithmetic(w: Weight, family: str) -> Weight:
+    """What the family computes with."""
+    return reference.fold(w) if family == "fold" else w
+
+
+def variants(
+    family: str, k: int, group_size: int, splits: tuple[int, ...] = (1, 2, 5, 8)
+) -> list[tuple[object, int | None]]:
+    """Tiles of a family, on Hopper each with several splits of k and, last, its own choice."""
+    if family == "sm80":
+        return [(tile, None) for tile in TILES]
+    tiles = sm90_gemm.tiles(family)
+    every = [(tile, s) for tile in tiles for s in tile.splits(k, group_size, family) if s in splits]
+    return [*every, (None, None)]
+
+
+def check_gemm(
+    w: Weight, tokens: tuple[int, ...], family: str, splits: tuple[int, ...] = (1, 2, 5, 8)
+) -> None:
     """Every token count, tile and output type against one reference of the largest token count.
 
     Rows of the reference do not depend on each other, so this is batch invariance too.
@@ -64,77 +88,100 @@ def check_gemm(w: Weight, tokens: tuple[int, ...], tiles: tuple[Tile, ...]) -> N
     n, k = w.codes.shape
     a8, token_scale = activation(max(tokens), k, device="cuda")
     bias = torch.randn(n, device="cuda")
-    acc = reference.accumulate(a8, w.codes, w.group_scale)
+    exact = arithmetic(w, family)
+    acc = reference.accumulate(a8, exact.codes, exact.group_scale)
     assert acc.any()
     expected = {torch.int32: acc}
     for dtype in HALF:
         part = bias.to(dtype)
-        expected[dtype] = reference.scale_output(acc, token_scale, w.channel_scale, part, dtype)
-    ready = prepared(w)
-    for m, tile, dtype in itertools.product(tokens, tiles, (torch.int32, *HALF)):
-        part = None if dtype == torch.int32 else bias.to(dtype)
-        y = cuda_backend.gemm(a8[:m], token_scale[:m], *ready, part, dtype, tile)
-        assert_same_bits(y, expected[dtype][:m], f"M={m} N={n} K={k} {dtype} {tile}")
+        expected[dtype] = reference.scale_output(acc, token_scale, exact.channel_scale, part, dtype)
+    ready = prepared(w, family)
+    group_size = k // w.group_scale.shape[1]
+    for m, (tile, split) in itertools.product(tokens, variants(family, k, group_size, splits)):
+        blocked = cuda_backend.swizzle(a8[:m])
+        for dtype in (torch.int32, *HALF):
+            part = None if dtype == torch.int32 else bias.to(dtype)
+            y = cuda_backend.gemm(blocked, token_scale[:m], *ready, part, dtype, tile, split)
+            assert_same_bits(y, expected[dtype][:m], f"M={m} N={n} K={k} {dtype} {tile} {split}")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("k", INPUTS)
 @pytest.mark.parametrize("n", CHANNELS)
-def test_gemm_equals_reference(n: int, k: int, group_size: int) -> None:
+def test_gemm_equals_reference(n: int, k: int, group_size: int, family: str) -> None:
     tokens = TOKENS if n * k <= 4096 * 4096 else (1, 16, 17, 65, 257, 4097)
-    check_gemm(weight(n, k, group_size, device="cuda"), tokens, TILES)
+    w = weight(n, k, group_size, device="cuda", foldable=family == "fold")
+    check_gemm(w, tokens, family, (1, 5))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("n", "k", "group_size"),
-    [(8, 32, 32), (1, 64, 64), (17, 96, 32), (250, 160, 32), (1000, 704, 64), (4640, 512, 128)],
+    [
+        *((8, 32, 32), (1, 64, 64), (17, 96, 32), (250, 160, 32), (1000, 704, 64)),
+        *((4640, 512, 128), (192, 1152, 128)),
+    ],
 )
-def test_gemm_odd_shapes(n: int, k: int, group_size: int) -> None:
-    check_gemm(weight(n, k, group_size, device="cuda"), (1, 2, 17, 130), TILES)
+def test_gemm_odd_shapes(n: int, k: int, group_size: int, family: str) -> None:
+    w = weight(n, k, group_size, device="cuda", foldable=family == "fold")
+    check_gemm(w, (1, 2, 17, 130), family)
 
 
-def test_gemm_gate_up_layer() -> None:
-    check_gemm(weight(28672, 4096, 128, device="cuda"), (1, 17, 64, 300), TILES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gemm_gate_up_layer(family: str) -> None:
+    w = weight(28672, 4096, 128, device="cuda", foldable=family == "fold")
+    check_gemm(w, (1, 17, 64, 300), family)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("k", [128, 4096, 14336])
-def test_gemm_at_the_accumulator_bound(k: int, group_size: int) -> None:
+def test_gemm_at_the_accumulator_bound(k: int, group_size: int, family: str) -> None:
     w = extreme_weight(64, k, group_size, device="cuda")
+    if family == "fold":  # the int8 weights at +-127, which only K limits
+        codes = torch.where(torch.arange(k, device="cuda") % 3 > 0, 7, -7).expand(64, -1)
+        scale = w.group_scale.clamp(-8191, 8191)
+        w = w._replace(codes=codes.to(torch.int8).contiguous(), group_scale=scale)
     a8 = torch.full((5, k), 127, dtype=torch.int8, device="cuda")
     a8[1] *= -1
     a8[2, ::2] *= -1
     a8[3] = 0
     token_scale = torch.ones(5, device="cuda")
-    acc = reference.accumulate(a8, w.codes, w.group_scale)
-    assert int(acc.abs().max()) > 2**31 * 0.9 or k == 128
-    for tile, dtype in itertools.product(TILES, (torch.int32, *HALF)):
-        y = cuda_backend.gemm(a8, token_scale, *prepared(w), None, dtype, tile)
+    exact = arithmetic(w, family)
+    acc = reference.accumulate(a8, exact.codes, exact.group_scale)
+    assert int(acc.abs().max()) > 2**31 * 0.9 or k == 128 or family == "fold"
+    every = variants(family, k, group_size)
+    for (tile, split), dtype in itertools.product(every, (torch.int32, *HALF)):
+        ready, blocked = prepared(w, family), cuda_backend.swizzle(a8)
+        y = cuda_backend.gemm(blocked, token_scale, *ready, None, dtype, tile, split)
         if dtype == torch.int32:
             assert_same_bits(y, acc)
         else:
-            y0 = reference.scale_output(acc, token_scale, w.channel_scale, None, dtype)
+            y0 = reference.scale_output(acc, token_scale, exact.channel_scale, None, dtype)
             assert_same_bits(y, y0)
 
 
-def test_gemm_sees_every_input() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gemm_sees_every_input(family: str) -> None:
     """One changed code, scale or activation changes exactly the outputs it feeds."""
-    w = weight(96, 256, 128, device="cuda")
+    w = weight(96, 256, 128, device="cuda", foldable=True)
     w.group_scale[w.group_scale == 0] = 1
     a8, token_scale = activation(40, 256, device="cuda")
     a8[a8 == 0] = 1
 
     def run(w: Weight, a8: torch.Tensor) -> torch.Tensor:
-        return cuda_backend.gemm(a8, token_scale, *prepared(w), None, torch.int32)
+        blocked = cuda_backend.swizzle(a8)
+        return cuda_backend.gemm(blocked, token_scale, *prepared(w, family), None, torch.int32)
 
     base = run(w, a8)
     for n, k in ((0, 0), (95, 255), (33, 130)):
         codes = w.codes.clone()
-        codes[n, k] = codes[n, k] ^ 1
+        codes[n, k] = 5 if codes[n, k] != 5 else -5
         changed = run(w._replace(codes=codes), a8) != base
-        assert changed[:, n].all() and int(changed.sum()) == 40
+        assert changed[:, n].any() and int(changed.sum()) == int(changed[:, n].sum())
         scale = w.group_scale.clone()
-        scale[n, k // 128] += 1
+        scale[n, k // 128] += 40
         changed = run(w._replace(group_scale=scale), a8) != base
         assert changed[:, n].any() and int(changed.sum()) == int(changed[:, n].sum())
     a8b = a8.clone()
@@ -172,7 +219,8 @@ def test_quantize_activation_equals_reference(k: int, dtype: torch.dtype) -> Non
     for view in (x.cuda(), torch.nn.functional.pad(x, (8, 24)).cuda()[:, 8 : 8 + k], x.cuda()[::2]):
         step = 2 if view.shape[0] < x.shape[0] else 1
         a8_gpu, scale_gpu = cuda_backend.quantize_activation(view)
-        assert_same_bits(a8_gpu.cpu(), a8[::step])
+        rows = view.shape[0]
+        assert_same_bits(cuda_backend.unswizzle(a8_gpu, rows, k).cpu(), a8[::step])
         assert_same_bits(scale_gpu.cpu(), scale[::step])
 
 
@@ -185,21 +233,22 @@ def test_silu_mul_quantize_equals_reference(dtype: torch.dtype) -> None:
         a8, scale = reference.quantize_activation(reference.silu_mul(x))
         local = torch.zeros(x.shape[0], dtype=torch.int32, device="cuda")
         a8_gpu, scale_gpu = cuda_backend.silu_mul_quantize(x.cuda(), local)
-        assert_same_bits(a8_gpu.cpu(), a8)
+        assert_same_bits(cuda_backend.unswizzle(a8_gpu, *a8.shape).cpu(), a8)
         assert_same_bits(scale_gpu.cpu(), scale)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_linear_alone_equals_linear_in_a_batch(dtype: torch.dtype) -> None:
-    w = weight(1408, 512, 128, device="cuda")
+def test_linear_alone_equals_linear_in_a_batch(dtype: torch.dtype, family: str) -> None:
+    w = weight(1408, 512, 128, device="cuda", foldable=family == "fold")
     x = torch.cat([rows_of_trouble(512, dtype)] * 5).cuda()[:64]
-    ready = prepared(w)
+    ready = prepared(w, family)
 
     def linear(x: torch.Tensor) -> torch.Tensor:
         return ops.gemm(*ops.quantize_activation(x), *ready, None, dtype)
 
     y = linear(x)
-    assert_same_bits(y, reference.linear(x, w))
+    assert_same_bits(y, reference.linear(x, arithmetic(w, family)))
     assert y[2:6].isnan().all() and not y[[0, 1, 6, 7, 8]].isnan().any()
     for i in range(64):
         assert_same_bits(linear(x[i : i + 1]), y[i : i + 1], f"row {i}")
@@ -211,7 +260,7 @@ def expert_stack(e: int, n: int, k: int, group_size: int, device: str = "cpu") -
 
 def prepared_stack(experts: list[Weight]) -> tuple[torch.Tensor, ...]:
     stacks = [torch.stack(t).cuda() for t in zip(*map(packed, experts), strict=True)]
-    return *ops.prepare_weight(stacks[0], stacks[1]), stacks[2]
+    return ops.prepare_weight(*stacks)
 
 
 ROUTINGS = ("random", "skewed", "one", "holes")
@@ -236,10 +285,11 @@ def check_grouped_gemm(n: int, k: int, group_size: int) -> None:
         ids = routing(m, topk, 4, kind)[1].cuda()
         used = ids >= 0
         rows = torch.arange(m, device="cuda")[:, None].expand_as(ids)[used]
+        blocked = cuda_backend.swizzle(a8[:m])
         for tile in TILES:
             routes = cuda_backend.group_slots(ids, None, 4, tile.m)
             for dtype, every in expected.items():
-                y = cuda_backend.grouped_gemm(a8[:m], token_scale[:m], stack, routes, dtype, tile)
+                y = cuda_backend.grouped_gemm(blocked, token_scale[:m], stack, routes, dtype, tile)
                 case = f"M={m} topk={topk} N={n} K={k} {kind} {dtype} {tile}"
                 assert_same_bits(y.view(m, topk, n)[used], every[ids.long()[used], rows], case)
 
@@ -334,30 +384,58 @@ def test_no_compile_inside_capture() -> None:
             jit.load(kernel, 0)
 
 
-def test_reruns_give_the_same_bits() -> None:
-    w = prepared(weight(1408, 4096, 128, device="cuda"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reruns_give_the_same_bits(family: str) -> None:
+    w = prepared(weight(1408, 4096, 128, device="cuda", foldable=True), family)
     a8, scale = activation(129, 4096, device="cuda")
-    for tile in TILES:
-        first = cuda_backend.gemm(a8, scale, *w, None, torch.int32, tile)
+    a8 = cuda_backend.swizzle(a8)
+    for tile, split in variants(family, 4096, 128):
+        first = cuda_backend.gemm(a8, scale, *w, None, torch.int32, tile, split)
         for _ in range(100):
-            assert_same_bits(cuda_backend.gemm(a8, scale, *w, None, torch.int32, tile), first)
+            again = cuda_backend.gemm(a8, scale, *w, None, torch.int32, tile, split)
+            assert_same_bits(again, first)
 
 
 def test_no_variant_uses_local_memory() -> None:
-    for dtype, group_size, moe in itertools.product(HALF, (32, 64, 128), (False, True)):
-        for kernel in cuda_backend.kernels(dtype, group_size, moe):
+    for dtype, group_size in itertools.product(HALF, (32, 64, 128)):
+        w = weight(128, 128, group_size, device="cuda", foldable=True)
+        weights = [prepared(w, family)[:2] for family in FAMILIES]
+        weights.append(prepared_stack([w])[:2])
+        for kernel in itertools.chain(*(cuda_backend.kernels(each, dtype) for each in weights)):
             assert jit.load(kernel, 0).attributes["local_size_bytes"] == 0, str(kernel)
+
+
+def test_overlapping_launches_keep_their_order() -> None:
+    """Chains of layers, each reading what the one before wrote, over and over in one buffer."""
+    w = prepared(weight(512, 512, 128, device="cuda", foldable=True))
+    x = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16)
+
+    def chain(synchronize: bool) -> torch.Tensor:
+        a8, scale = ops.quantize_activation(x)
+        for _ in range(200):
+            y = ops.gemm(a8, scale, *w, None, torch.bfloat16)
+            y = y / y.abs().amax().clamp(min=1)
+            a8_new, scale_new = ops.quantize_activation(y)
+            a8.copy_(a8_new)
+            scale.copy_(scale_new)
+            if synchronize:
+                torch.cuda.synchronize()
+        return ops.gemm(a8, scale, *w, None, torch.bfloat16)
+
+    assert_same_bits(chain(False), chain(True))
 
 
 def test_ranks_on_a_cold_cache_compile_once(tmp_path: Path) -> None:
     """Four processes, one empty cache: all end well with one cache entry per kernel."""
     code = (
-        "import torch; from vllm_intscale import cuda_backend as b; torch.zeros(1, device='cuda');"
-        "b.warm_up(torch.bfloat16, 128, False)"
+        "import torch; from vllm_intscale import cuda_backend as b;"
+        "w = [torch.ones(128, n, device='cuda', dtype=torch.int32) for n in (16, 1, 1)];"
+        "w = b.prepare_weight(w[0], w[1].short(), w[2][:, 0].float());"
+        "b.warm_up(w[:2], torch.bfloat16); print(len(b.kernels(w[:2], torch.bfloat16)))"
     )
     env = {**__import__("os").environ, "CUPY_CACHE_DIR": str(tmp_path)}
-    ranks = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(4)]
-    assert [rank.wait(300) for rank in ranks] == [0] * 4
-    assert len(list(tmp_path.glob("*.cubin"))) == len(
-        cuda_backend.kernels(torch.bfloat16, 128, False)
-    )
+    command = [sys.executable, "-c", code]
+    ranks = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE) for _ in range(4)]
+    counts = {rank.communicate(timeout=300)[0] for rank in ranks}
+    assert [rank.returncode for rank in ranks] == [0] * 4
+    assert counts == {f"{len(list(tmp_path.glob('*.cubin')))}\n".encode()}

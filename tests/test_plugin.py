@@ -194,7 +194,7 @@ def test_report_is_one_line_when_the_last_layer_is_ready(monkeypatch: pytest.Mon
     report.ignored.add("d")
     for name in "abca":
         report.ready(name, "K")
-    assert lines == ["intscale: 2 linear W4A8 g128, 1 linear W4A8 g64, kernel K, 1 ignored"]
+    assert lines == ["intscale: 2 linear W4A8 g128, 1 linear W4A8 g64, 3 on K, 1 ignored"]
 
 
 # From here on through vLLM's own configuration, up to where it would start an engine.

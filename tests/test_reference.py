@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import struct
+from fractions import Fraction
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from generators import (
     weight,
 )
 
-from vllm_intscale import ops, reference
+from vllm_intscale import ops, reference, sm90_gemm
 from vllm_intscale.packing import pack_codes
 
 
@@ -128,17 +129,17 @@ def test_cpu_gemm_equals_reference(
     w = weight(n, k, group_size)
     if bits == 8:
         w = w._replace(codes=(w.codes.int() * 16 + 5).to(torch.int8), group_scale=w.group_scale % 9)
-    ready = ops.prepare_weight(pack_codes(w.codes, bits), w.group_scale, bits)
+    ready = ops.prepare_weight(pack_codes(w.codes, bits), w.group_scale, w.channel_scale, bits)
     whole = w.codes.int() * w.group_scale.int().repeat_interleave(group_size, dim=1)
-    assert_same_bits(ops.integer_weight(*ready, n, k), whole)
+    assert_same_bits(ops.integer_weight(*ready[:2], n, k), whole)
     bias = torch.randn(n).to(dtype)
     for m in (0, 1, 2, 7, 33, 130):
         a8, token_scale = activation(m, k)
         acc = reference.accumulate(a8, w.codes, w.group_scale)
-        y = ops.gemm(a8, token_scale, *ready, w.channel_scale, bias, dtype)
+        y = ops.gemm(a8, token_scale, *ready, bias, dtype)
         expected = reference.scale_output(acc, token_scale, w.channel_scale, bias, dtype)
         assert_same_bits(y, expected, f"M={m}")
-        assert_same_bits(ops.gemm(a8, token_scale, *ready, w.channel_scale, None, torch.int32), acc)
+        assert_same_bits(ops.gemm(a8, token_scale, *ready, None, torch.int32), acc)
 
 
 @pytest.mark.parametrize(("k", "group_size"), [(32, 32), (4096, 128), (14336, 64)])
@@ -147,8 +148,7 @@ def test_cpu_gemm_at_the_accumulator_bound(k: int, group_size: int) -> None:
     a8 = torch.full((3, k), 127, dtype=torch.int8)
     a8[1] *= -1
     a8[2, ::2] *= -1
-    qweight, group_scale, channel_scale = packed(w)
-    ready = (*ops.prepare_weight(qweight, group_scale), channel_scale)
+    ready = ops.prepare_weight(*packed(w))
     acc = ops.gemm(a8, torch.ones(3), *ready, None, torch.int32)
     assert_same_bits(acc, reference.accumulate(a8, w.codes, w.group_scale))
 
@@ -159,10 +159,8 @@ def test_cpu_moe_equals_reference(kind: str) -> None:
     w2 = [weight(128, 96, 32, seed=i) for i in range(6)]
     stacks = []
     for experts in (w13, w2):
-        qweight, group_scale, channel_scale = (
-            torch.stack(t) for t in zip(*map(packed, experts), strict=True)
-        )
-        stacks.append([*ops.prepare_weight(qweight, group_scale), channel_scale])
+        stack = [torch.stack(t) for t in zip(*map(packed, experts), strict=True)]
+        stacks.append(list(ops.prepare_weight(*stack)))
     expert_map = torch.tensor([3, -1, 0, -1, 1, 5], dtype=torch.int32)
     for m, topk in ((0, 2), (1, 1), (9, 3)):
         x = torch.randn(m, 128, dtype=torch.bfloat16)
@@ -174,13 +172,77 @@ def test_cpu_moe_equals_reference(kind: str) -> None:
 
 
 def test_operators_pass_opcheck() -> None:
-    qweight, group_scale, channel_scale = packed(weight(96, 128, 64))
-    ready = (*ops.prepare_weight(qweight, group_scale), channel_scale)
+    ready = ops.prepare_weight(*packed(weight(96, 128, 64)))
     x = torch.randn(5, 128, dtype=torch.bfloat16)
     a8, scale = ops.quantize_activation(x)
     torch.library.opcheck(ops.quantize_activation, (x,))
     torch.library.opcheck(ops.gemm, (a8, scale, *ready, None, torch.bfloat16))
     weights, ids = routing(5, 1, 1, "random")
     square = packed(weight(256, 128, 64)), packed(weight(128, 128, 64))
-    stacks = [[t[None] for t in (*ops.prepare_weight(q, s), c)] for q, s, c in square]
+    stacks = [[t[None] for t in ops.prepare_weight(*each)] for each in square]
     torch.library.opcheck(ops.moe, (x, *stacks, weights, ids, None, False))
+
+
+def test_fold_is_the_rational_number_rounded_half_to_even() -> None:
+    """In Python's fractions, which round half to even, over channels made of ties."""
+    w = weight(64, 96, 32, foldable=True)
+    w.group_scale[::4, 0] = 254  # m = 127 * 2 * largest code: ties everywhere
+    w.group_scale[1::4] %= 16
+    folded = reference.fold(w)
+    assert folded.group_scale.shape == (64, 1) and (folded.group_scale == 1).all()
+    ties = 0
+    for n in range(64):
+        integers = (w.codes[n].int() * w.group_scale[n].int().repeat_interleave(32)).tolist()
+        m = max(127, *map(abs, integers))
+        exact = [Fraction(127 * i, m) for i in integers]
+        ties += sum(x.denominator == 2 for x in exact)
+        assert folded.codes[n].tolist() == [round(x) for x in exact]
+        c = f32(f32(w.channel_scale[n].item() * f32(m)) / 127)
+        assert folded.channel_scale[n].item() == c
+        if m == 127:
+            assert folded.codes[n].tolist() == integers
+    assert ties > 100
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), [(17, 96, 32), (250, 704, 64), (384, 1024, 128)])
+@pytest.mark.parametrize("largest", [15, 127, 254, 255, 8191])
+def test_hopper_layout_holds_the_fold_exactly(
+    n: int, k: int, group_size: int, largest: int
+) -> None:
+    """What the kernel looks up, decoded from the fields by the kernel's own arithmetic."""
+    w = weight(n, k, group_size, foldable=True)
+    scale = (w.group_scale.int() * largest // 255).to(torch.int16)
+    scale[:, 0] = largest
+    w = w._replace(group_scale=scale)
+    folded = reference.fold(w)
+    blocks, unit, channel_scale = sm90_gemm.prepare_weight(*w, "fold")
+    assert_same_bits(sm90_gemm.integer_weight(blocks, unit, n, k), folded.codes.int())
+    assert_same_bits(channel_scale, folded.channel_scale)
+    blocks, unit, channel_scale = sm90_gemm.prepare_weight(*w, "accumulate")
+    whole = w.codes.int() * w.group_scale.int().repeat_interleave(group_size, dim=1)
+    assert_same_bits(sm90_gemm.integer_weight(blocks, unit, n, k), whole)
+    assert_same_bits(channel_scale, w.channel_scale)
+
+
+def test_every_tie_that_a_scale_of_eight_bits_can_make_is_folded_exactly() -> None:
+    """Ties are where a product in float32 could round the wrong way: every S at every m up to
+    8 * 255 that is a multiple of 127 or even, the only ones with a tie."""
+    for code in range(1, 9):
+        scale = torch.arange(1, 256, dtype=torch.int16)
+        largest = code * scale.to(torch.int64)
+        usable = largest >= 127
+        scale, largest = scale[usable], largest[usable]
+        every = torch.arange(1, 256, dtype=torch.int16).expand(len(scale), -1).clone()
+        every = torch.minimum(every, (largest[:, None] // 1).clamp(max=255).to(torch.int16))
+        sm90_gemm._fold_fields(every, largest)  # asserts that each field is exact
+
+
+def test_what_a_table_cannot_hold_is_not_folded() -> None:
+    w = weight(64, 128, 64, foldable=True)
+    assert sm90_gemm.foldable(w.codes, w.group_scale)
+    w.group_scale[3, 1], w.codes[3, 70] = -1, -8
+    assert not sm90_gemm.foldable(w.codes, w.group_scale)
+    w.codes[3, 70] = -7
+    assert sm90_gemm.foldable(w.codes, w.group_scale)
+    w.group_scale[5, 0] = 8192
+    assert not sm90_gemm.foldable(w.codes, w.group_scale)

@@ -24,12 +24,14 @@ ROWS = 512  # of a weight prepared at a time: bounds the extra memory
 quantize_activation = reference.quantize_activation
 
 
-def describe() -> str:
-    """What runs, for the log."""
+def describe(qweight: Tensor, group_scale: Tensor) -> str:
+    """What runs a prepared weight, for the log."""
     return "cpu_backend (torch._int_mm, exact)"
 
 
-def prepare_weight(qweight: Tensor, group_scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def prepare_weight(
+    qweight: Tensor, group_scale: Tensor, channel_scale: Tensor, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """qweight int32 `[..., N, K * bits / 32]` to digits int8 `[..., D, N, K]`.
 
     group_scale, int16 `[..., N, K / g]`, is in the digits now and becomes empty.
@@ -50,7 +52,7 @@ def prepare_weight(qweight: Tensor, group_scale: Tensor, bits: int) -> tuple[Ten
                 low = ((rest + 64) & 127) - 64
                 digit.copy_(low)
                 rest = (rest - low) >> 7
-    return out, group_scale.new_empty(0)
+    return out, group_scale.new_empty(0), channel_scale
 
 
 def integer_weight(qweight: Tensor, group_scale: Tensor, n: int, k: int) -> Tensor:

@@ -1,5 +1,8 @@
 """CuPy as the run-time compiler: CUDA source in `cuda/` to a loaded kernel, once per process.
 
+Launches go through NVIDIA's driver bindings: CuPy's launcher knows neither clusters nor
+overlapping launches.
+
 CuPy keeps compiled kernels on disk, keyed by source text, options, architecture and NVRTC
 version, and publishes them atomically. Added here: `#include "..."` is pasted into the source, so
 that the key covers it; a file lock, so that N ranks on a cold cache compile once, not N times;
@@ -8,6 +11,7 @@ and a writable cache folder chosen before CuPy is imported (its import fails wit
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -15,7 +19,7 @@ import re
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +37,14 @@ class Kernel:
     """One compiled variant: a function of a source file under a set of macros.
 
     shared_bytes: the most dynamic shared memory that a launch may ask for; 0: the usual 48 KB.
+    arch: the architecture to compile for, such as sm_90a; empty: the device's own.
     """
 
     file: str
     function: str
     defines: tuple[tuple[str, int], ...] = ()
     shared_bytes: int = 0
+    arch: str = ""
 
     def __str__(self) -> str:
         macros = ",".join(f"{name}={value}" for name, value in self.defines)
@@ -84,8 +90,9 @@ def import_cupy() -> Any:
 
 
 def compile_options(kernel: Kernel) -> tuple[str, ...]:
-    """What NVRTC gets for this variant; CuPy adds the architecture and -ftz=true."""
-    return ("-std=c++17", *(f"-D{name}={value}" for name, value in kernel.defines))
+    """What NVRTC gets for this variant; CuPy adds -ftz=true and, if none is set, -arch."""
+    arch = (f"-arch={kernel.arch}",) if kernel.arch else ()
+    return ("-std=c++17", *arch, *(f"-D{name}={value}" for name, value in kernel.defines))
 
 
 def check_device(device: int) -> None:
@@ -137,16 +144,49 @@ def load(kernel: Kernel, device: int) -> Any:
     return function
 
 
-_streams: dict[tuple[int | None, int], Any] = {}  # by device and handle: every default stream is 0
+@cache
+def _driver() -> Any:
+    """NVIDIA's driver bindings; IntScaleError if they are not installed."""
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise IntScaleError(
+            f"cuda-bindings cannot be imported ({error}); it launches the CUDA kernels: "
+            "pip install cuda-bindings"
+        ) from None
+    return driver
 
 
-def _current_stream(device: torch.device) -> Any:
-    """CuPy's view of torch's current stream; CuPy would otherwise launch on its own."""
-    stream = torch.cuda.current_stream(device)
-    key = (device.index, stream.cuda_stream)
-    if key not in _streams:
-        _streams[key] = import_cupy().cuda.Stream.from_external(stream)
-    return _streams[key]
+@cache
+def _function(kernel: Kernel, device: int) -> Any:
+    return _driver().CUfunction(load(kernel, device).kernel.ptr)
+
+
+@lru_cache(4096)
+def _launch_config(
+    grid: tuple[int, ...], threads: int, shared_bytes: int, cluster: int, overlap: bool, stream: int
+) -> Any:
+    driver = _driver()
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared_bytes
+    config.hStream = driver.CUstream(stream)
+    attributes = []
+    ids = driver.CUlaunchAttributeID
+    if cluster > 1:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        attribute.value.clusterDim.x = cluster
+        attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1
+        attributes.append(attribute)
+    if overlap:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(attribute)
+    config.attrs, config.numAttrs = attributes, len(attributes)
+    return config
 
 
 def launch(
@@ -156,18 +196,31 @@ def launch(
     threads: int,
     args: tuple[Any, ...],
     shared_bytes: int = 0,
+    cluster: int = 1,
+    overlap: bool = False,
 ) -> None:
     """Launch on torch's current stream of `device`.
 
-    args: tensors (their address is passed), None (a null pointer) and numpy scalars.
+    args: tensors (their address is passed), None (a null pointer) and numpy integers.
+    cluster: blocks of a cluster, along x. overlap: the kernel may start before the one before it
+    has ended, and waits for it where it has to (programmatic dependent launch).
     """
     assert device.index is not None
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, device, grid, threads, args, shared_bytes)
-    stream = _current_stream(device)
-    function = load(kernel, device.index)
-    values = tuple(
-        a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else a for a in args
+            return launch(kernel, device, grid, threads, args, shared_bytes, cluster, overlap)
+    function = _function(kernel, device.index)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    config = _launch_config(grid, threads, shared_bytes, cluster, overlap, stream)
+    # One slot of 8 bytes an argument: shorter integers lie in its low bytes.
+    values = (ctypes.c_uint64 * len(args))(
+        *(a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else int(a) for a in args)
     )
-    function(grid, (threads,), values, shared_mem=shared_bytes, stream=stream)
+    start = ctypes.addressof(values)
+    pointers = (ctypes.c_void_p * len(args))(*range(start, start + 8 * len(args), 8))
+    (error,) = _driver().cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0)
+    if error:
+        raise IntScaleError(
+            f"kernel {kernel} cannot be launched on grid {grid}, {threads} threads, {shared_bytes} "
+            f"bytes of shared memory, cluster {cluster}: {error.name}; report this"
+        )

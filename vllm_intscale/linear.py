@@ -32,7 +32,7 @@ class IntScaleLinearMethod(LinearMethodBase):  # type: ignore[misc]
         group_scale    int16   [N, K / group_size]
         channel_scale  float32 [N]
 
-    The first two take the layout of the device's kernels once they are loaded (`ops`).
+    Once loaded they take the layout of the device's kernels (`ops`).
     """
 
     def __init__(self, scheme: LayerScheme, prefix: str, report: loading.LoadReport) -> None:
@@ -99,15 +99,17 @@ class IntScaleLinearMethod(LinearMethodBase):  # type: ignore[misc]
         loading.check_complete(self.loads)
         tensors = {name: getattr(layer, name).data for name in TENSOR_NAMES}
         validate_layer(self.prefix, tensors, self.local_scheme, self.local_k)
-        qweight, group_scale = ops.prepare_weight(
-            tensors["qweight"], tensors["group_scale"], self.local_scheme.bits
+        weight = ops.prepare_weight(
+            tensors["qweight"],
+            tensors["group_scale"],
+            tensors["channel_scale"],
+            self.local_scheme.bits,
         )
         # Always plain parameters: torch.compile does not trace vLLM's parameter classes.
-        replace_parameter(layer, "qweight", qweight)
-        replace_parameter(layer, "group_scale", group_scale)
-        replace_parameter(layer, "channel_scale", tensors["channel_scale"])
-        loading.warm_up(qweight, layer.params_dtype, self.local_scheme.group_size, moe=False)
-        self.report.ready(self.prefix, ops.describe(qweight))
+        for name, tensor in zip(TENSOR_NAMES, weight, strict=True):
+            replace_parameter(layer, name, tensor)
+        loading.warm_up(weight[:2], layer.params_dtype)
+        self.report.ready(self.prefix, ops.describe(*weight[:2]))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x `[..., K]` to `[..., N]` of the same dtype."""

@@ -133,12 +133,15 @@ def describe_scheme(scheme: LayerScheme) -> str:
     return f"W{scheme.bits}A8 g{scheme.group_size}"
 
 
-def warm_up(tensor: Tensor, dtype: torch.dtype, group_size: int, moe: bool) -> None:
-    """Compile and load the kernels of a layer: they must exist before CUDA graphs are captured."""
-    if tensor.is_cuda:
+def warm_up(weight: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    """Compile and load the kernels of a layer: they must exist before CUDA graphs are captured.
+
+    weight: qweight and group_scale as `ops.prepare_weight` made them.
+    """
+    if weight[0].is_cuda:
         from vllm_intscale import cuda_backend
 
-        cuda_backend.warm_up(dtype, group_size, moe)
+        cuda_backend.warm_up(weight, dtype)
 
 
 @dataclass
@@ -146,6 +149,7 @@ class LoadReport:
     """Collects what a model's layers are and logs it in one line when the last one is ready."""
 
     layers: dict[str, str] = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)
     ignored: set[str] = field(default_factory=set)
     _waiting: set[str] = field(default_factory=set)
 
@@ -159,8 +163,11 @@ class LoadReport:
         if layer not in self._waiting:  # a reload
             return
         self._waiting.remove(layer)
+        self.kernels[layer] = kernel
         if not self._waiting:
             counts = Counter(self.layers.values())
             parts = [f"{count} {description}" for description, count in counts.items()]
-            parts += [f"kernel {kernel}", f"{len(self.ignored)} ignored"]
+            kernels = Counter(self.kernels.values())
+            parts += [f"{count} on {name}" for name, count in kernels.items()]
+            parts += [f"{len(self.ignored)} ignored"]
             logger.info("intscale: %s", ", ".join(parts))

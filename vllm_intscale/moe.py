@@ -111,13 +111,13 @@ class IntScaleMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             tensors = {name: getattr(layer, f"{stack}_{name}").data for name in TENSOR_NAMES}
             _, k = self.local_sizes[stack]
             validate_layer(f"{self.prefix}.{stack}", tensors, scheme, k)
-            tensors["qweight"], tensors["group_scale"] = ops.prepare_weight(
-                tensors["qweight"], tensors["group_scale"], scheme.bits
+            weight = ops.prepare_weight(
+                tensors["qweight"], tensors["group_scale"], tensors["channel_scale"], scheme.bits
             )
-            for name, tensor in tensors.items():
+            for name, tensor in zip(TENSOR_NAMES, weight, strict=True):
                 replace_parameter(layer, f"{stack}_{name}", tensor)
-            loading.warm_up(tensors["qweight"], layer.params_dtype, scheme.group_size, moe=True)
-        self.report.ready(self.prefix, ops.describe(layer.w13_qweight))
+            loading.warm_up(weight[:2], layer.params_dtype)
+        self.report.ready(self.prefix, ops.describe(layer.w13_qweight, layer.w13_group_scale))
 
     def apply(
         self,

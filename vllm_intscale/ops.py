@@ -1,12 +1,13 @@
 """The torch operators `torch.ops.intscale.*`, on CPU and CUDA, with fakes for torch.compile.
 
-    quantize_activation   x [M, K] -> a8 int8 [M, K], token_scale float32 [M]
+    quantize_activation   x [M, K] -> a8 int8 (CPU: [M, K]; CUDA: tiles), token_scale float32 [M]
     gemm                  a8, token_scale, weight, bias -> y [M, N]
     moe                   x [M, H], w13, w2, routing -> y [M, H]
 
-All equal `reference` bit for bit. Weights are stored in the layout of the device they run on
-(`prepare_weight`): on CUDA tiles for the tensor cores (`cuda_backend`), on CPU int8 digits
-(`cpu_backend`). A stack of experts has one more leading dimension on every tensor.
+All equal `reference` bit for bit, on Hopper that of the folded weight. Weights are stored in the
+layout of the device they run on (`prepare_weight`): on CUDA tiles for the tensor cores
+(`cuda_backend`), on CPU int8 digits (`cpu_backend`). A stack of experts has one more leading
+dimension on every tensor.
 """
 
 from __future__ import annotations
@@ -30,20 +31,23 @@ def _backend(tensor: Tensor) -> ModuleType:
     return cuda_backend
 
 
-def describe(tensor: Tensor) -> str:
-    """What runs the operators on this tensor's device, for the log."""
-    description: str = _backend(tensor).describe()
+def describe(qweight: Tensor, group_scale: Tensor) -> str:
+    """What runs a prepared weight, for the log."""
+    description: str = _backend(qweight).describe(qweight, group_scale)
     return description
 
 
-def prepare_weight(qweight: Tensor, group_scale: Tensor, bits: int = 4) -> tuple[Tensor, Tensor]:
+def prepare_weight(
+    qweight: Tensor, group_scale: Tensor, channel_scale: Tensor, bits: int = 4
+) -> tuple[Tensor, Tensor, Tensor]:
     """Checkpoint layout to the layout that the operators take on the tensors' device."""
-    prepared: tuple[Tensor, Tensor] = _backend(qweight).prepare_weight(qweight, group_scale, bits)
+    prepare = _backend(qweight).prepare_weight
+    prepared: tuple[Tensor, Tensor, Tensor] = prepare(qweight, group_scale, channel_scale, bits)
     return prepared
 
 
 def integer_weight(qweight: Tensor, group_scale: Tensor, n: int, k: int) -> Tensor:
-    """`code * S`, int32 `[N, K]`, of a prepared weight."""
+    """The integers that channel_scale multiplies, int32 `[N, K]`, of a prepared weight."""
     weight: Tensor = _backend(qweight).integer_weight(qweight, group_scale, n, k)
     return weight
 
@@ -58,7 +62,9 @@ def _on_cuda(name: str) -> Callable[..., Any]:
 
 
 def _quantize_activation_fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+    m, k = x.shape
+    shape = (-(-k // 128), -(-m // 8) * 8, 128) if x.is_cuda else (m, k)
+    return x.new_empty(shape, dtype=torch.int8), x.new_empty(m, dtype=torch.float32)
 
 
 def _gemm_fake(
@@ -70,7 +76,7 @@ def _gemm_fake(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    return a8.new_empty(a8.shape[0], channel_scale.shape[0], dtype=dtype)
+    return a8.new_empty(token_scale.shape[0], channel_scale.shape[0], dtype=dtype)
 
 
 def _moe_fake(x: Tensor, *_: object) -> Tensor:

@@ -13,6 +13,9 @@ reciprocal). Kernels must equal these functions bit for bit, on every input:
   nothing is contracted to a fused multiply-add.
 * Each row of an output depends on the same row of the input alone.
 
+`fold` is the one other arithmetic: the group scale inside int8 weights. Kernels that run it equal
+`gemm` of the folded weight.
+
 Everything is plain torch and runs on any device. Constants are tensors where they are divided
 by or divide: torch turns `tensor / number` into a multiplication with a rounded reciprocal.
 """
@@ -62,6 +65,47 @@ def accumulate(a8: Tensor, codes: Tensor, group_scale: Tensor) -> Tensor:
     group_size = codes.shape[-1] // group_scale.shape[-1]
     scaled = codes.double() * group_scale.double().repeat_interleave(group_size, dim=-1)
     return (a8.double() @ scaled.mT).to(torch.int32)
+
+
+def largest_integer(codes: Tensor, group_scale: Tensor) -> Tensor:
+    """m of the fold form: the largest |code * S| of each channel, at least 127; int64 `[N]`."""
+    group_size = codes.shape[-1] // group_scale.shape[-1]
+    largest_code = codes.unflatten(-1, (-1, group_size)).to(torch.int64).abs().amax(-1)
+    largest: Tensor = (largest_code * group_scale.to(torch.int64).abs()).amax(-1).clamp(min=127)
+    return largest
+
+
+def scale_to_int8(integers: Tensor, largest: Tensor) -> Tensor:
+    """round_half_even(integers * 127 / largest), exactly; int64."""
+    numerator, denominator = 254 * integers.to(torch.int64).abs() + largest, 2 * largest
+    rounded = numerator // denominator
+    tie_to_odd = (numerator % denominator == 0) & (rounded % 2 == 1)
+    return (rounded - tie_to_odd.to(torch.int64)) * integers.sign()
+
+
+def folded_channel_scale(channel_scale: Tensor, largest: Tensor) -> Tensor:
+    """channel_scale * largest / 127 in float32, rounded twice."""
+    factor = largest.to(torch.float32)
+    return channel_scale * factor / torch.full_like(factor, 127)
+
+
+def fold(weight: Weight) -> Weight:
+    """The fold form of a weight: int8 codes with the group scale in them, one group with S = 1.
+
+    w8 = round_half_even(code * S * 127 / m[n]), m[n] = max(127, max |code * S| of the channel), so
+    nothing is rounded where no |code * S| exceeds 127. K runs unbroken through the matrix product
+    and no accumulator overflows for K below 133144. Another arithmetic than the weight's own,
+    which kernels may run instead; a layer has one of them for every batch size.
+    """
+    group_size = weight.codes.shape[-1] // weight.group_scale.shape[-1]
+    largest = largest_integer(weight.codes, weight.group_scale)
+    scale = weight.group_scale.to(torch.int64).repeat_interleave(group_size, dim=-1)
+    codes = scale_to_int8(weight.codes.to(torch.int64) * scale, largest.unsqueeze(-1))
+    return Weight(
+        codes.to(torch.int8),
+        torch.ones_like(weight.group_scale[..., :1]),
+        folded_channel_scale(weight.channel_scale, largest),
+    )
 
 
 def scale_output(

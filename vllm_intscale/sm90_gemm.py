@@ -1,0 +1,305 @@
+"""Layout, tiles and launch of `cuda/sm90_w4a8_gemm.cu`: dense layers on Hopper.
+
+Two forms of the arithmetic (`FORMS`): "fold" multiplies by int8 weights with the group scale in
+them, "accumulate" scales int32 partial sums. A layer has one form for all batch sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_intscale import jit, reference
+
+FORMS = ("fold", "accumulate")
+BLOCK_K = 128
+MAX_FOLD_SCALE = 8191  # 13 bits of a field
+SHARED_BYTES = 227 * 1024  # of a block, at most
+MULTIPROCESSOR_BYTES = 228 * 1024  # of its blocks and 1 KB for each
+ROWS = 4096  # of a weight prepared at a time: bounds the extra memory
+MAX_SPLITS = 8  # blocks of a portable cluster
+
+
+class Tile(NamedTuple):
+    """Tokens x channels of a block, and what it keeps in flight.
+
+    blocks: that share a multiprocessor; batch: k-steps whose multiplications are issued at once;
+    block_us: for `choose`.
+    """
+
+    m: int
+    warpgroups: int
+    stages: int
+    blocks: int
+    batch: int
+    block_us: float
+
+    @property
+    def n(self) -> int:
+        return 64 * self.warpgroups
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.warpgroups + 1)
+
+    def _bytes(self, group_size: int, form: str) -> tuple[int, int]:
+        """Bytes of a stage, and of what does not grow with stages or splits."""
+        groups = BLOCK_K // group_size
+        tables = self.warpgroups * groups * 64 * 16 if form == "fold" else 0
+        weights = self.warpgroups * (4096 + groups * 128) + tables
+        fixed = self.warpgroups * (4 * min(self.m, 32) * 32 + self.m * 4) + 32
+        return self.m * BLOCK_K + -(-weights // 1024) * 1024, fixed
+
+    def stages_of(self, group_size: int, form: str) -> int:
+        """As many as measured best for groups of 128, or as fit for smaller groups."""
+        stage, fixed = self._bytes(group_size, form)
+        return min(self.stages, (SHARED_BYTES - fixed) // (stage + 24))
+
+    def _partial_bytes(self, splits: int) -> int:
+        return splits * -(-self.m // 8 // splits) * self.warpgroups * 2048 if splits > 1 else 0
+
+    def splits(self, k: int, group_size: int, form: str) -> list[int]:
+        """Into how many blocks the K of a tile can be split."""
+        possible = range(1, min(MAX_SPLITS, -(-k // BLOCK_K)) + 1)
+        return [s for s in possible if self.shared_bytes(group_size, form, s) <= SHARED_BYTES]
+
+    def shared_bytes(self, group_size: int, form: str, splits: int) -> int:
+        stage, fixed = self._bytes(group_size, form)
+        stages = self.stages_of(group_size, form)
+        return stages * (stage + 24) + fixed + self._partial_bytes(splits)
+
+    def kernel(self, group_size: int, form: str, dtype_code: int) -> jit.Kernel:
+        defines = {
+            "TILE_M": self.m,
+            "WARPGROUPS": self.warpgroups,
+            "STAGES": self.stages_of(group_size, form),
+            "MIN_BLOCKS": self.blocks,
+            "BATCH": self.batch if form == "fold" else 1,
+            "GROUP": group_size,
+            "FOLD": int(form == "fold"),
+            "FLOAT_SCALE": 0,
+            "DTYPE": dtype_code,
+        }
+        return jit.Kernel(
+            "sm90_w4a8_gemm.cu", "w4a8_gemm", tuple(defines.items()), SHARED_BYTES, "sm_90a"
+        )
+
+
+# The last number: microseconds that 128 k take on an H100 full of such blocks.
+TILES = (
+    Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=0.50),
+    Tile(m=16, warpgroups=1, stages=6, blocks=4, batch=1, block_us=0.52),
+    Tile(m=32, warpgroups=1, stages=6, blocks=3, batch=1, block_us=0.56),
+    Tile(m=64, warpgroups=1, stages=5, blocks=2, batch=1, block_us=0.46),
+    Tile(m=64, warpgroups=2, stages=5, blocks=2, batch=1, block_us=0.84),
+    Tile(m=128, warpgroups=1, stages=4, blocks=2, batch=2, block_us=0.56),
+    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.70),
+)
+
+
+def tiles(form: str) -> tuple[Tile, ...]:
+    """Those that a form can use: accumulating needs a second set of accumulators."""
+    return tuple(t for t in TILES if form == "fold" or (t.m <= 128 and t.warpgroups == 1))
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def choose(
+    m: int, n: int, k: int, group_size: int, form: str, multiprocessors: int
+) -> tuple[Tile, int]:
+    """Tile and number of blocks that share a tile's k, for M tokens, N channels, K inputs.
+
+    The fastest by a model of the time: so many waves of blocks, each as long as its blocks of k
+    take. Where tokens are few, memory is what blocks share, and a started wave costs only its
+    share. Clusters of more than two blocks leave some multiprocessors without a whole cluster.
+    """
+
+    def cost(tile: Tile, splits: int) -> float:
+        shared_bytes = tile.shared_bytes(group_size, form, splits)
+        resident = min(tile.blocks, MULTIPROCESSOR_BYTES // (shared_bytes + 1024))
+        blocks = -(-n // tile.n) * -(-m // tile.m) * splits
+        waves = blocks / (multiprocessors * resident * (1.0 if splits <= 2 else 0.85))
+        waves = max(1.0, waves) if tile.m < 64 and splits == 1 else math.ceil(waves)
+        fill = min(1.0, blocks / (multiprocessors * tile.blocks))
+        block_us = tile.block_us * (2 + fill) / 3
+        start_us = 2.0 if splits > 1 else 0.0  # of every wave; unsplit blocks stay for all tiles
+        return waves * (k / BLOCK_K / splits * block_us + start_us) + 0.3 * splits
+
+    options = [
+        (tile, splits)
+        for tile in tiles(form)
+        if tile.m < 2 * max(m, 8)
+        for splits in tile.splits(k, group_size, form)
+    ]
+    return min(options, key=lambda option: cost(*option))
+
+
+# ---- weight layout ------------------------------------------------------------------------------
+
+
+def foldable(codes: Tensor, group_scale: Tensor) -> bool:
+    """Whether "fold" can represent the weight: codes `[N, K]`, group_scale `[N, K/g]`.
+
+    A table holds eight numbers >= 0, so a group with a negative scale must not use the code -8,
+    whose product would be a ninth; and |S| is limited by the width of its field.
+    """
+    group_size = codes.shape[1] // group_scale.shape[1]
+    lowest = codes.unflatten(1, (-1, group_size)).amin(-1)
+    ninth = (group_scale < 0) & (lowest == -8)
+    return not ninth.any() and int(group_scale.to(torch.int32).abs().max()) <= MAX_FOLD_SCALE
+
+
+def fold_table(group_scale: Tensor, largest: Tensor) -> Tensor:
+    """int8 weights of the codes -8..7, int64 `[N, K/g, 16]`; see `reference.fold`.
+
+    group_scale int16 `[N, K/g]`; largest int64 `[N]`, the channel's m.
+    """
+    codes = torch.arange(-8, 8, device=group_scale.device)
+    integers = codes * group_scale.to(torch.int64)[..., None]
+    return reference.scale_to_int8(integers, largest[:, None, None])
+
+
+def _fold_fields(group_scale: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Fields int16 `[N, K/g]` and unit float32 `[N]` that give `fold_table` in `fold.cuh`.
+
+    group_scale is positive here. The kernel computes round(code * (S * unit + d ulps)), unit =
+    127 / m rounded, exactly up to the last rounding. Only ties are sensitive to the error of
+    S * unit; some d within -4..3 puts them right, and this finds it.
+    """
+    unit = 127 / largest.to(torch.float32)
+    table = fold_table(group_scale, largest)
+    codes = torch.arange(-8, 8, device=table.device)
+    scale = group_scale.to(torch.int64)
+    unused = (codes.abs() * scale[..., None]) > largest[:, None, None]
+    product = group_scale.to(torch.float32) * unit[:, None]
+    fields = torch.full_like(scale, -1)
+    for correction in (0, 1, -1, 2, -2, 3, -3, -4):
+        factor = (product.view(torch.int32) + correction).view(torch.float32).double()
+        rounded = torch.round(codes * factor[..., None]).to(torch.int64)
+        right = ((rounded == table) | unused).all(-1)
+        fields = torch.where((fields < 0) & right, scale << 3 | correction & 7, fields)
+    assert (fields >= 0).all()
+    return fields.to(torch.int16), unit  # 16 bits, as unsigned
+
+
+def prepare_weight(
+    codes: Tensor, group_scale: Tensor, channel_scale: Tensor, form: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 `[N, K]` and scales to blocks uint8 `[N/128, K/128, 2, bytes]`, unit, scale.
+
+    unit is float32 `[N]` ("fold") or empty ("accumulate"); channel_scale is float32 `[N]`, for
+    "fold" that of the int8 weights. N is padded to 128 and K to 128 by zeros, unit with them.
+    """
+    split = (tensor.split(ROWS) for tensor in (codes, group_scale, channel_scale))
+    parts = [_prepare_rows(c, s, a, form) for c, s, a in zip(*split, strict=True)]
+    blocks, unit, channel_scale = (torch.cat(part) for part in zip(*parts, strict=True))
+    return blocks, unit, channel_scale
+
+
+def _prepare_rows(
+    codes: Tensor, group_scale: Tensor, channel_scale: Tensor, form: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, k = codes.shape
+    group_size = k // group_scale.shape[1]
+    unit = channel_scale.new_empty(0)
+    if form == "fold":
+        negative = (group_scale < 0).repeat_interleave(group_size, dim=1)
+        codes, group_scale = torch.where(negative, -codes, codes), group_scale.abs()
+        largest = reference.largest_integer(codes, group_scale)
+        channel_scale = reference.folded_channel_scale(channel_scale, largest)
+        table = fold_table(group_scale, largest)
+        index = (codes.to(torch.int64) + 8).unflatten(1, (-1, group_size))
+        zero = table.gather(2, index).flatten(1) == 0
+        codes = torch.where(zero, 0, codes)
+        group_scale, unit = _fold_fields(group_scale, largest)
+    n_pad, k_pad = -(-n // 128) * 128, -(-k // BLOCK_K) * BLOCK_K
+    codes = torch.nn.functional.pad(codes, (0, k_pad - k, 0, n_pad - n))
+    magnitude = torch.where(codes < 0, -1 - codes, codes)
+    nibbles = ((codes < 0).to(torch.int8) << 2) | (magnitude & 3) | ((magnitude & 4) << 1)
+    # [block, warp, channel half, g, k block, half, step, k half, t, byte] to the order in memory
+    nibbles = nibbles.view(-1, 4, 2, 8, k_pad // 128, 2, 2, 2, 4, 4)
+    nibbles = nibbles.permute(0, 4, 5, 1, 3, 8, 6, 2, 7, 9).reshape(n_pad // 64, k_pad // 128, -1)
+    packed = ((nibbles[..., ::2] & 15) | (nibbles[..., 1::2] << 4)).view(torch.uint8)
+    groups = BLOCK_K // group_size
+    scales = torch.nn.functional.pad(
+        group_scale, (0, k_pad // group_size - group_scale.shape[1], 0, n_pad - n)
+    )
+    scales = scales.view(-1, 64, k_pad // 128, groups).permute(0, 2, 3, 1).flatten(2)
+    blocks = torch.cat((packed, scales.contiguous().view(torch.uint8)), dim=2)
+    blocks = blocks.unflatten(0, (-1, 2)).transpose(1, 2).contiguous()
+    if form == "fold":
+        unit = torch.nn.functional.pad(unit, (0, n_pad - n))
+    return blocks, unit, channel_scale
+
+
+def group_size_of(blocks: Tensor) -> int:
+    return BLOCK_K * 128 // (blocks.shape[3] - 4096)
+
+
+def integer_weight(blocks: Tensor, unit: Tensor, n: int, k: int) -> Tensor:
+    """The integers that channel_scale multiplies, int32 `[N, K]`, of a prepared weight."""
+    n_blocks, k_blocks, group_size = blocks.shape[0] * 2, blocks.shape[1], group_size_of(blocks)
+    blocks = blocks.transpose(1, 2).flatten(0, 1)
+    packed = blocks[..., :4096].contiguous()
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1)
+    nibbles = nibbles.view(n_blocks, k_blocks, 2, 4, 8, 4, 2, 2, 2, 4)
+    nibbles = nibbles.permute(0, 3, 7, 4, 1, 2, 6, 8, 5, 9).reshape(n_blocks * 64, -1)
+    magnitude = ((nibbles & 3) | ((nibbles & 8) >> 1)).to(torch.int32)
+    codes = torch.where((nibbles & 4) > 0, -1 - magnitude, magnitude)[:n, :k]
+    scales = blocks[..., 4096:].contiguous().view(torch.int16)
+    scales = scales.view(n_blocks, k_blocks, -1, 64).permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
+    scales = scales[:n, : -(-k // group_size)].to(torch.int32)
+    if not unit.numel():
+        return codes * scales.repeat_interleave(group_size, dim=1)[:, :k]
+    correction = ((scales & 7) ^ 4) - 4
+    product = ((scales & 0xFFFF) >> 3).to(torch.float32) * unit[:n, None]
+    factor = (product.view(torch.int32) + correction).view(torch.float32).double()
+    return torch.round(codes * factor.repeat_interleave(group_size, dim=1)[:, :k]).to(torch.int32)
+
+
+# ---- launch -------------------------------------------------------------------------------------
+
+
+def gemm(
+    a8: Tensor,
+    token_scale: Tensor,
+    weight: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    out: Tensor,
+    dtype_code: int,
+    tile: Tile | None = None,
+    splits: int | None = None,
+) -> None:
+    """out `[M, N]` of a prepared weight; a8 as `quantize_activation` makes it on CUDA."""
+    blocks, unit, channel_scale = weight
+    (m, n), (k_blocks, m_pad) = out.shape, a8.shape[:2]
+    form, group_size = "fold" if unit.numel() else "accumulate", group_size_of(blocks)
+    device = a8.device.index
+    assert device is not None
+    multiprocessors = _multiprocessors(device)
+    best, best_splits = choose(m, n, k_blocks * BLOCK_K, group_size, form, multiprocessors)
+    tile = tile or best
+    if splits is None:
+        splits = best_splits if tile == best else 1
+    tile_count = -(-n // tile.n) * -(-m_pad // tile.m)
+    grid = tile_count * splits if splits > 1 else min(tile_count, multiprocessors * tile.blocks)
+    sizes = tuple(map(np.int32, (m, m_pad, n, k_blocks)))
+    jit.launch(
+        tile.kernel(group_size, form, dtype_code),
+        a8.device,
+        (grid,),
+        tile.threads,
+        (a8, token_scale, blocks, unit, channel_scale, bias, out, *sizes),
+        shared_bytes=tile.shared_bytes(group_size, form, splits),
+        cluster=splits,
+        overlap=True,
+    )
