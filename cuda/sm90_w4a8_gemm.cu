@@ -124,8 +124,8 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
 
 // ---- load warp ---------------------------------------------------------------------------------
 
-// Two copies a stage. Pointers are carried along: what one warp computes here between an empty
-// stage and its copies is latency for all (800 -> 400 cycles a stage).
+// Two copies a stage. Pointers are carried along: what this warp computes between an empty stage
+// and its copies is latency for all the others.
 __device__ __forceinline__ void load(const Problem& p, const Shared& s, const Work& w) {
   constexpr int kPairBytes = 2 * kBlockBytes;
   const bool leader = elect_one();
