@@ -101,12 +101,12 @@ __device__ __forceinline__ void lower_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
 }
 
-// ---- warpgroup matrix multiply -----------------------------------------------------------------
-
 // Barrier `id` (1..15) of `count` threads of a block.
 __device__ __forceinline__ void named_barrier(int id, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
+
+// ---- warpgroup matrix multiply -----------------------------------------------------------------
 
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -173,5 +173,4 @@ DEFINE_WGMMA(16, P8_0, D8(0), "%8, %9, %10, %11", "12", "13")
 DEFINE_WGMMA(32, P16_0, D16(0), "%16, %17, %18, %19", "20", "21")
 DEFINE_WGMMA(64, P32_0, D32(0), "%32, %33, %34, %35", "36", "37")
 DEFINE_WGMMA(128, P64_0, D64(0), "%64, %65, %66, %67", "68", "69")
-DEFINE_WGMMA(192, P96_0, D64(0) COMMA D32(64), "%96, %97, %98, %99", "100", "101")
 DEFINE_WGMMA(256, P128_0, D64(0) COMMA D64(64), "%128, %129, %130, %131", "132", "133")

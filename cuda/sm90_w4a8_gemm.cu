@@ -15,7 +15,8 @@
 //                 64 * WARPGROUPS channels, every (number of clusters)-th one. Its blocks share the
 //                 k of a tile and add their int32 sums, so a cluster of more than one block takes
 //                 exactly one tile. Block: 128 * (WARPGROUPS + 1) threads.
-//   May be launched to overlap the kernel before: weights load first, a8 after that one is done.
+//   May be launched to overlap the kernel before: weights load first, a8 after that one is done. So
+//   the kernel right before must not be one that writes the weights.
 //
 // A block of weights is what one warpgroup multiplies at a time, as the A operand (m64n*k32, in
 // registers): warp w, lane 4 g + t holds channels 16 w + g ("first") and 16 w + g + 8 ("second").

@@ -20,6 +20,7 @@ from generators import (
 )
 
 from vllm_intscale import ops, reference, sm90_gemm
+from vllm_intscale.errors import IntScaleError
 from vllm_intscale.packing import pack_codes
 
 
@@ -245,3 +246,38 @@ def test_what_a_table_cannot_hold_is_not_folded() -> None:
     assert sm90_gemm.foldable(w.codes, w.group_scale)
     w.group_scale[5, 0] = 8192
     assert not sm90_gemm.foldable(w.codes, w.group_scale)
+
+
+def test_form_of_a_layer_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_intscale import cuda_backend
+
+    w = weight(64, 128, 64, foldable=True)
+    negative = w.group_scale.clone()
+    negative[0, 0], w.codes[0, 0] = -1, -8
+    choose = cuda_backend._hopper_form
+    assert choose(w.codes, w.group_scale.abs()) == "fold"
+    assert choose(w.codes, negative) == "accumulate"
+    monkeypatch.setenv("INTSCALE_FORM", "accumulate")
+    assert choose(w.codes, w.group_scale.abs()) == "accumulate"
+    monkeypatch.setenv("INTSCALE_FORM", "fold")
+    with pytest.raises(IntScaleError, match="unset it"):
+        choose(w.codes, negative)
+    monkeypatch.setenv("INTSCALE_FORM", "folded")
+    with pytest.raises(IntScaleError, match="must be one of fold, accumulate"):
+        choose(w.codes, negative)
+
+
+def test_choice_of_tile_covers_every_shape() -> None:
+    """Any shape gets a tile and a split that fit; the same on 132 multiprocessors as on 114."""
+    for m, n, k, group_size, form, multiprocessors in itertools.product(
+        (1, 9, 64, 65, 1000, 100_000),
+        (1, 64, 1000, 152_064),
+        (32, 128, 1408, 29_568),
+        (32, 64, 128),
+        sm90_gemm.FORMS,
+        (114, 132),
+    ):
+        tile, splits = sm90_gemm.choose(m, n, k, group_size, form, multiprocessors)
+        assert tile in sm90_gemm.tiles(form) and 1 <= splits <= -(-k // 128)
+        assert tile.shared_bytes(group_size, form, splits) <= sm90_gemm.SHARED_BYTES
+        assert tile.stages_of(group_size, form) >= 2
