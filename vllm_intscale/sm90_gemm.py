@@ -73,7 +73,9 @@ class Tile(NamedTuple):
         stages = self.stages_of(group_size, form)
         return stages * (stage + 24) + fixed + self._partial_bytes(splits)
 
-    def kernel(self, group_size: int, form: str, dtype_code: int) -> jit.Kernel:
+    def kernel(
+        self, group_size: int, form: str, dtype_code: int, float_scale: bool = False
+    ) -> jit.Kernel:
         defines = {
             "TILE_M": self.m,
             "WARPGROUPS": self.warpgroups,
@@ -82,7 +84,7 @@ class Tile(NamedTuple):
             "BATCH": self.batch if form == "fold" else 1,
             "GROUP": group_size,
             "FOLD": int(form == "fold"),
-            "FLOAT_SCALE": 0,
+            "FLOAT_SCALE": int(float_scale),
             "DTYPE": dtype_code,
         }
         return jit.Kernel(
@@ -278,8 +280,13 @@ def gemm(
     dtype_code: int,
     tile: Tile | None = None,
     splits: int | None = None,
+    float_scale: bool = False,
 ) -> None:
-    """out `[M, N]` of a prepared weight; a8 as `quantize_activation` makes it on CUDA."""
+    """out `[M, N]` of a prepared weight; a8 as `quantize_activation` makes it on CUDA.
+
+    float_scale: group scales applied in float32, as other methods do. For the comparison in
+    `intscale bench gemm`; "accumulate" and one split only.
+    """
     blocks, unit, channel_scale = weight
     (m, n), (k_blocks, m_pad) = out.shape, a8.shape[:2]
     form, group_size = "fold" if unit.numel() else "accumulate", group_size_of(blocks)
@@ -290,11 +297,12 @@ def gemm(
     tile = tile or best
     if splits is None:
         splits = best_splits if tile == best else 1
+    assert not float_scale or (form == "accumulate" and splits == 1)
     tile_count = -(-n // tile.n) * -(-m_pad // tile.m)
     grid = tile_count * splits if splits > 1 else min(tile_count, multiprocessors * tile.blocks)
     sizes = tuple(map(np.int32, (m, m_pad, n, k_blocks)))
     jit.launch(
-        tile.kernel(group_size, form, dtype_code),
+        tile.kernel(group_size, form, dtype_code, float_scale),
         a8.device,
         (grid,),
         tile.threads,

@@ -46,6 +46,34 @@ class Peer(NamedTuple):
 # ---- this package -------------------------------------------------------------------------------
 
 
+def _accumulate(weight: Tensor, float_scale: bool) -> Layer:
+    """Our kernel with the group scale on the partial sums, as integer or as float32 number.
+
+    The paper's comparison: same tile, same everything else, K not split. Hopper only.
+    """
+    from vllm_intscale import cuda_backend, sm90_gemm
+    from vllm_intscale.errors import IntScaleError
+    from vllm_intscale.format import LayerScheme
+    from vllm_intscale.packing import unpack_codes
+    from vllm_intscale.quantize.rtn import quantize_rows
+
+    if torch.cuda.get_device_capability()[0] != 9:
+        raise IntScaleError("the kernel with a float scale exists for Hopper GPUs only")
+    rows = quantize_rows("benchmark", weight, LayerScheme(4, GROUP), "channel")
+    codes = unpack_codes(rows.qweight, 4)
+    prepared = sm90_gemm.prepare_weight(codes, rows.group_scale, rows.channel_scale, "accumulate")
+
+    def gemm(a: Tensors, w: Tensors) -> Tensor:
+        blocks, unit, channel_scale = w
+        out = a[0].new_empty(a[1].shape[0], channel_scale.shape[0], dtype=BF16)
+        weight = (blocks, unit, channel_scale)
+        a8, token_scale = a
+        sm90_gemm.gemm(a8, token_scale, weight, None, out, 0, splits=1, float_scale=float_scale)
+        return out
+
+    return Layer(prepared, gemm, cuda_backend.quantize_activation)
+
+
 def intscale(weight: Tensor) -> Layer:
     """All that the benchmark knows of this package's kernels."""
     from vllm_intscale import cuda_backend
@@ -246,6 +274,8 @@ def _humming(weight: Tensor, activation: str | None, integer_scale: bool = False
 # values, of int4 weights 0.11 to 0.12.
 PEERS: dict[str, Peer] = {
     "intscale": Peer(intscale, 0.2),
+    "intscale_integer_scale": Peer(partial(_accumulate, float_scale=False), 0.2),
+    "intscale_float_scale": Peer(partial(_accumulate, float_scale=True), 0.2),
     "bf16": Peer(bf16, 0.005),
     "cutlass_int8": Peer(partial(_cutlass_8bit, quantize=_int8_rows), 0.02),
     "cutlass_fp8": Peer(partial(_cutlass_8bit, quantize=_fp8_rows), 0.05),

@@ -64,7 +64,7 @@ def _cell(row: Row | None, best: dict[tuple[str, int, str], float]) -> str:
         return ""
     if row.us is None:
         return "error"
-    is_best = row.kernel != OURS and row.us == best[row.shape, row.M, row.mode]
+    is_best = not row.kernel.startswith(OURS) and row.us == best[row.shape, row.M, row.mode]
     return f"{'*' if is_best else ''}{row.us:.1f}" if row.us < 1000 else f"{row.us:.0f}"
 
 
@@ -127,9 +127,16 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             panel.set_title(f"{shape} {chosen[0].N}x{chosen[0].K}, {mode}" if chosen else shape)
     legends = (panel.get_legend_handles_labels() for panel in panels.flat)
     lines = {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
-    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=5, fontsize="small")
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.savefig(path, dpi=150)
+    figure.tight_layout()
+    figure.legend(
+        lines.values(),
+        lines.keys(),
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),  # below the panels
+        ncols=min(5, 2 * len(shapes)),
+        fontsize="small",
+    )
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
 
@@ -149,6 +156,7 @@ def _plot_panel(panel: Any, rows: Sequence[Row], kernels: Sequence[str]) -> None
         panel.axhline(floor, color="gray", linestyle=":", label="streaming int4 weights")
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
+    panel.xaxis.set_major_formatter("{x:.0f}")
     panel.set_xlabel("M (tokens)")
     panel.set_ylabel("microseconds")
     panel.grid(alpha=0.3, which="both")
