@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -17,8 +18,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from vllm_intscale import cli
-from vllm_intscale.bench import gemm, peers, report, timing, worker
+from vllm_intscale import cli, sm90_gemm
+from vllm_intscale.bench import gemm, peers, report, tiles, timing, worker
 from vllm_intscale.bench.peers import Layer, Peer
 from vllm_intscale.bench.results import (
     MODES,
@@ -439,3 +440,9 @@ def test_our_weight_is_below_the_limit_of_the_probe() -> None:
     codes = unpack_codes(rows.qweight, 4)
     y = reference.linear(x, reference.Weight(codes, rows.group_scale, rows.channel_scale))
     assert peers.probe_error(y, x @ weight.t()) < peers.PEERS["intscale"].limit
+
+
+def test_tiles_to_time_hold_the_one_that_would_be_chosen() -> None:
+    for form, (n, k), m in itertools.product(sm90_gemm.FORMS, gemm.SHAPES.values(), gemm.TOKENS):
+        tile, splits = sm90_gemm.choose(m, n, k, 128, form, 132)
+        assert (sm90_gemm.TILES.index(tile), splits) in tiles.variants(m, n, k, form)
