@@ -180,6 +180,7 @@ def test_gemm_sees_every_input(family: str) -> None:
         codes[n, k] = 5 if codes[n, k] != 5 else -5
         changed = run(w._replace(codes=codes), a8) != base
         assert changed[:, n].any() and int(changed.sum()) == int(changed[:, n].sum())
+        assert changed[:, n].all() or family == "fold"  # where small codes may round alike
         scale = w.group_scale.clone()
         scale[n, k // 128] += 40
         changed = run(w._replace(group_scale=scale), a8) != base

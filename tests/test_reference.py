@@ -234,7 +234,8 @@ def test_every_tie_that_a_scale_of_eight_bits_can_make_is_folded_exactly() -> No
         usable = largest >= 127
         scale, largest = scale[usable], largest[usable]
         every = torch.arange(1, 256, dtype=torch.int16).expand(len(scale), -1).clone()
-        sm90_gemm._fold_fields(every, largest)  # asserts that each field is exact
+        table = sm90_gemm.fold_table(every, largest)
+        sm90_gemm._fold_fields(every, largest, table)  # asserts that each field is exact
 
 
 def test_what_a_table_cannot_hold_is_not_folded() -> None:
@@ -246,6 +247,8 @@ def test_what_a_table_cannot_hold_is_not_folded() -> None:
     assert sm90_gemm.foldable(w.codes, w.group_scale)
     w.group_scale[5, 0] = 8192
     assert not sm90_gemm.foldable(w.codes, w.group_scale)
+    w.group_scale[5, 0] = 1023
+    assert sm90_gemm.foldable(w.codes, w.group_scale)
 
 
 def test_form_of_a_layer_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:

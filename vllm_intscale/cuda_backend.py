@@ -59,8 +59,8 @@ def _hopper_form(codes: Tensor, group_scale: Tensor) -> str:
     foldable = form != "accumulate" and sm90_gemm.foldable(codes, group_scale)
     if form == "fold" and not foldable:
         raise IntScaleError(
-            "INTSCALE_FORM is 'fold', which needs group scales up to 8191 in magnitude and no "
-            "negative one beside the code -8; unset it"
+            "INTSCALE_FORM is 'fold', which needs group scales of at most "
+            f"{sm90_gemm.MAX_FOLD_SCALE} and no negative one beside the code -8; unset it"
         )
     return "fold" if foldable else "accumulate"
 

@@ -201,7 +201,8 @@ def launch(
 ) -> None:
     """Launch on torch's current stream of `device`.
 
-    args: tensors (their address is passed), None (a null pointer) and numpy integers.
+    args: tensors (their address is passed), None (a null pointer) and integers, of whatever width
+    the kernel declares.
     cluster: blocks of a cluster, along x. overlap: the kernel may start before the one before it
     has ended, and waits for it where it has to (programmatic dependent launch).
     """

@@ -7,10 +7,9 @@ them, "accumulate" scales int32 partial sums. A layer has one form for all batch
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,9 @@ from vllm_intscale import jit, reference
 
 FORMS = ("fold", "accumulate")
 BLOCK_K = 128
-MAX_FOLD_SCALE = 8191  # 13 bits of a field
+# With |S| up to this, m is below 2**13, and no product that is not a tie comes nearer to one than
+# 2**-14; float32 is 8 times closer. A field has room for 13 bits.
+MAX_FOLD_SCALE = 1023
 SHARED_BYTES = 227 * 1024  # of a block, at most
 MULTIPROCESSOR_BYTES = 228 * 1024  # of its blocks and 1 KB for each
 ROWS = 4096  # of a weight prepared at a time: bounds the extra memory
@@ -114,7 +115,6 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@cache
 def choose(
     m: int, n: int, k: int, group_size: int, form: str, multiprocessors: int
 ) -> tuple[Tile, int]:
@@ -152,7 +152,7 @@ def foldable(codes: Tensor, group_scale: Tensor) -> bool:
     """Whether "fold" can represent the weight: codes `[N, K]`, group_scale `[N, K/g]`.
 
     A table holds eight numbers >= 0, so a group with a negative scale must not use the code -8,
-    whose product would be a ninth; and |S| is limited by the width of its field.
+    whose product would be a ninth; and |S| is limited by what float32 rounds rightly.
     """
     group_size = codes.shape[1] // group_scale.shape[1]
     lowest = codes.unflatten(1, (-1, group_size)).amin(-1)
@@ -170,22 +170,26 @@ def fold_table(group_scale: Tensor, largest: Tensor) -> Tensor:
     return reference.scale_to_int8(integers, largest[:, None, None])
 
 
-def _fold_fields(group_scale: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """Fields int16 `[N, K/g]` and unit float32 `[N]` that give `fold_table` in `fold.cuh`.
+def _factor(scale: Tensor, unit: Tensor, correction: Tensor | int) -> Tensor:
+    """What `build_table` of `fold.cuh` multiplies codes by: S * unit + correction ulps; float64."""
+    product = scale.to(torch.float32) * unit[:, None]
+    return (product.view(torch.int32) + correction).view(torch.float32).double()
+
+
+def _fold_fields(group_scale: Tensor, largest: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Fields int16 `[N, K/g]` and unit float32 `[N]` that give this `fold_table` in `fold.cuh`.
 
     group_scale is positive here. The kernel computes round(code * (S * unit + d ulps)), unit =
     127 / m rounded, exactly up to the last rounding. Only ties are sensitive to the error of
     S * unit; some d within -4..3 puts them right, and this finds it.
     """
     unit = 127 / largest.to(torch.float32)
-    table = fold_table(group_scale, largest)
     codes = torch.arange(-8, 8, device=table.device)
     scale = group_scale.to(torch.int64)
     unused = (codes.abs() * scale[..., None]) > largest[:, None, None]
-    product = group_scale.to(torch.float32) * unit[:, None]
     fields = torch.full_like(scale, -1)
     for correction in (0, 1, -1, 2, -2, 3, -3, -4):
-        factor = (product.view(torch.int32) + correction).view(torch.float32).double()
+        factor = _factor(scale, unit, correction)
         rounded = torch.round(codes * factor[..., None]).to(torch.int64)
         right = ((rounded == table) | unused).all(-1)
         fields = torch.where((fields < 0) & right, scale << 3 | correction & 7, fields)
@@ -222,7 +226,7 @@ def _prepare_rows(
         index = (codes.to(torch.int64) + 8).unflatten(1, (-1, group_size))
         zero = table.gather(2, index).flatten(1) == 0
         codes = torch.where(zero, 0, codes)
-        group_scale, unit = _fold_fields(group_scale, largest)
+        group_scale, unit = _fold_fields(group_scale, largest, table)
     n_pad, k_pad = -(-n // 128) * 128, -(-k // BLOCK_K) * BLOCK_K
     codes = torch.nn.functional.pad(codes, (0, k_pad - k, 0, n_pad - n))
     magnitude = torch.where(codes < 0, -1 - codes, codes)
@@ -263,12 +267,49 @@ def integer_weight(blocks: Tensor, unit: Tensor, n: int, k: int) -> Tensor:
     if not unit.numel():
         return codes * scales.repeat_interleave(group_size, dim=1)[:, :k]
     correction = ((scales & 7) ^ 4) - 4
-    product = ((scales & 0xFFFF) >> 3).to(torch.float32) * unit[:n, None]
-    factor = (product.view(torch.int32) + correction).view(torch.float32).double()
+    factor = _factor((scales & 0xFFFF) >> 3, unit[:n], correction)
     return torch.round(codes * factor.repeat_interleave(group_size, dim=1)[:, :k]).to(torch.int32)
 
 
 # ---- launch -------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """How to launch one shape."""
+
+    kernel: jit.Kernel
+    grid: tuple[int]
+    threads: int
+    shared_bytes: int
+    splits: int
+
+
+@lru_cache(4096)  # a launch should cost no more of the host than it must
+def _plan(
+    m: int,
+    n: int,
+    k_blocks: int,
+    group_size: int,
+    form: str,
+    dtype_code: int,
+    multiprocessors: int,
+    tile: Tile | None,
+    splits: int | None,
+    float_scale: bool,
+) -> Plan:
+    best, best_splits = choose(m, n, k_blocks * BLOCK_K, group_size, form, multiprocessors)
+    tile = tile or best
+    if splits is None:
+        splits = best_splits if tile == best else 1
+    assert not float_scale or (form == "accumulate" and splits == 1)
+    tiles = -(-n // tile.n) * -(-m // tile.m)
+    return Plan(
+        tile.kernel(group_size, form, dtype_code, float_scale),
+        (tiles * splits if splits > 1 else min(tiles, multiprocessors * tile.blocks),),
+        tile.threads,
+        tile.shared_bytes(group_size, form, splits),
+        splits,
+    )
 
 
 def gemm(
@@ -289,25 +330,17 @@ def gemm(
     """
     blocks, unit, channel_scale = weight
     (m, n), (k_blocks, m_pad) = out.shape, a8.shape[:2]
-    form, group_size = "fold" if unit.numel() else "accumulate", group_size_of(blocks)
-    device = a8.device.index
+    form, device = "fold" if unit.numel() else "accumulate", a8.device.index
     assert device is not None
-    multiprocessors = _multiprocessors(device)
-    best, best_splits = choose(m, n, k_blocks * BLOCK_K, group_size, form, multiprocessors)
-    tile = tile or best
-    if splits is None:
-        splits = best_splits if tile == best else 1
-    assert not float_scale or (form == "accumulate" and splits == 1)
-    tile_count = -(-n // tile.n) * -(-m_pad // tile.m)
-    grid = tile_count * splits if splits > 1 else min(tile_count, multiprocessors * tile.blocks)
-    sizes = tuple(map(np.int32, (m, m_pad, n, k_blocks)))
+    shape = (m, n, k_blocks, group_size_of(blocks), form, dtype_code, _multiprocessors(device))
+    plan = _plan(*shape, tile, splits, float_scale)
     jit.launch(
-        tile.kernel(group_size, form, dtype_code, float_scale),
+        plan.kernel,
         a8.device,
-        (grid,),
-        tile.threads,
-        (a8, token_scale, blocks, unit, channel_scale, bias, out, *sizes),
-        shared_bytes=tile.shared_bytes(group_size, form, splits),
-        cluster=splits,
+        plan.grid,
+        plan.threads,
+        (a8, token_scale, blocks, unit, channel_scale, bias, out, m, m_pad, n, k_blocks),
+        shared_bytes=plan.shared_bytes,
+        cluster=plan.splits,
         overlap=True,
     )
