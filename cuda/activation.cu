@@ -1,8 +1,8 @@
 // Row-wise work on activations, one block a row (token or expert slot), 16-bit floats in:
 //
-//   quantize_activation   x [rows, k]        -> a8 int8 (layout: common.cuh), token_scale float32
-//   [rows] silu_mul_quantize     gate_up [rows, 2k] -> the same, of silu(gate) * up rounded to the
-//   dtype weighted_sum          y [tokens * topk, n] -> out [tokens, n], slots added in order
+//   quantize_activation   x [rows, k] -> a8 int8 (layout: common.cuh), token_scale float32 [rows]
+//   silu_mul_quantize     gate_up [rows, 2k] -> the same, of silu(gate) * up rounded to DTYPE
+//   weighted_sum          y [tokens * topk, n] -> out [tokens, n], slots added in order
 //
 // Contract: bit-identical to reference.{quantize_activation, silu_mul, moe}. k and n are multiples
 // of 8, rows are 16-byte aligned; row strides are in elements. Launch: <<<rows, 256>>>;
@@ -51,6 +51,12 @@ __device__ __forceinline__ void store_codes(int8_t* a8, int64_t row, int64_t row
   *reinterpret_cast<uint2*>(chunk + k % 16) = make_uint2(words[0], words[1]);
 }
 
+__device__ __forceinline__ void clear_flags(int8_t* a8, int64_t rows_padded, int64_t k) {
+  static_assert(kThreads * sizeof(uint4) == kFlagBytes);
+  uint4* flags = reinterpret_cast<uint4*>(a8 + activation_bytes(rows_padded, k));
+  if (blockIdx.x == 0) flags[threadIdx.x] = make_uint4(0, 0, 0, 0);
+}
+
 __device__ __forceinline__ uint32_t magnitude(const float (&x)[kVector]) {
   uint32_t largest = 0;
 #pragma unroll
@@ -62,19 +68,40 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     quantize_activation(const uint16_t* x, int8_t* a8, float* token_scale, int64_t k,
                         int64_t row_stride, int64_t rows_padded) {
   let_next_kernel_start();
+  wait_for_previous_kernel();
+  clear_flags(a8, rows_padded, k);
   const int64_t row = blockIdx.x;
   const uint4* in = reinterpret_cast<const uint4*>(x + row * row_stride);
+  const int vectors = int(k / kVector);
+  constexpr int kHeld = 8;  // of a thread, in registers: loads in flight, and nothing is read twice
+  uint4 held[kHeld];
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+    const int i = threadIdx.x + j * kThreads;
+    held[j] = i < vectors ? in[i] : make_uint4(0, 0, 0, 0);
+  }
   uint32_t largest = 0;
-  for (int64_t i = threadIdx.x; i < k / kVector; i += kThreads) {
-    float v[kVector];
+  float v[kVector];
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+    unpack8<DTYPE>(held[j], v);
+    largest = max(largest, magnitude(v));
+  }
+  for (int i = threadIdx.x + kHeld * kThreads; i < vectors; i += kThreads) {
     unpack8<DTYPE>(in[i], v);
     largest = max(largest, magnitude(v));
   }
   const TokenScale s = token_scale_of(block_max(largest));
-  for (int64_t i = threadIdx.x; i < k / kVector; i += kThreads) {
-    float v[kVector];
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+    const int i = threadIdx.x + j * kThreads;
+    if (i >= vectors) break;
+    unpack8<DTYPE>(held[j], v);
+    store_codes(a8, row, rows_padded, i * kVector, v, s.inverse);
+  }
+  for (int i = threadIdx.x + kHeld * kThreads; i < vectors; i += kThreads) {
     unpack8<DTYPE>(in[i], v);
-    store_codes(a8, row, rows_padded, int(i) * kVector, v, s.inverse);
+    store_codes(a8, row, rows_padded, i * kVector, v, s.inverse);
   }
   if (threadIdx.x == 0) token_scale[row] = s.scale;
 }
@@ -83,6 +110,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     silu_mul_quantize(const uint16_t* gate_up, const int* slot_expert, int8_t* a8,
                       float* token_scale, int64_t k, int64_t rows_padded) {
   extern __shared__ uint4 hidden[];  // the row of silu(gate) * up, rounded
+  clear_flags(a8, rows_padded, k);
   const int64_t row = blockIdx.x;
   if (slot_expert != nullptr && slot_expert[row] < 0) return;
   const uint4* gates = reinterpret_cast<const uint4*>(gate_up + row * 2 * k);

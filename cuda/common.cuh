@@ -24,6 +24,14 @@ using uint64_t = unsigned long long;
 #define FP16 1
 #define INT32 2  // outputs only: the accumulators themselves, for the tests
 
+// Hides from the compiler where `v` comes from: it neither computes it again nor draws what follows
+// from it out of a loop.
+template <typename T>
+__device__ __forceinline__ T opaque(T v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // ---- exactly rounded float32 -------------------------------------------------------------------
 
 __device__ __forceinline__ float mul_rn(float a, float b) {
@@ -99,6 +107,18 @@ __device__ __forceinline__ uint16_t from_float(float x) {
   return d;
 }
 
+// Two of them, `low` in the lower half.
+template <int dtype>
+__device__ __forceinline__ uint32_t from_floats(float low, float high) {
+  uint32_t d;
+  if constexpr (dtype == BF16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  }
+  return d;
+}
+
 // Eight 16-bit floats, the unit of every global access to activations.
 template <int dtype>
 __device__ __forceinline__ void unpack8(uint4 v, float (&out)[8]) {
@@ -113,6 +133,12 @@ __device__ __forceinline__ void unpack8(uint4 v, float (&out)[8]) {
 // Activations quantized to int8 lie in blocks of 128 k, [ceil(k / 128)][rows padded to 8][128], so
 // that a tile of tokens is contiguous; 16-byte chunk c of a row is stored at chunk c ^ (row % 8),
 // which makes reading a column of chunks free of bank conflicts and is what wgmma expects.
+// They are followed by kFlagBytes of zeros, flags with which the blocks of sm90_w4a8_gemm.cu meet:
+// a kernel that writes activations clears them, and the GEMM leaves them clear.
+constexpr int kFlagBytes = 4096;
+__device__ __forceinline__ int64_t activation_bytes(int64_t rows_padded, int64_t k) {
+  return (k + 127) / 128 * rows_padded * 128;
+}
 // Offset in bytes of the 16-byte chunk that holds column `k`:
 __device__ __forceinline__ int64_t activation_chunk(int64_t row, int64_t rows_padded, int k) {
   return (k / 128 * rows_padded + row) * 128 + ((k / 16 % 8) ^ int(row % 8)) * 16;
@@ -142,6 +168,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 __device__ __forceinline__ void copy16(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(valid ? 16 : 0)
+               : "memory");
+}
+// 4 bytes, through L1.
+__device__ __forceinline__ void copy4(uint32_t shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global),
+               "r"(valid ? 4 : 0)
                : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }

@@ -44,6 +44,9 @@ __device__ __forceinline__ uint32_t cluster_size() {
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
+__device__ __forceinline__ void cluster_arrive_release() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
@@ -57,6 +60,28 @@ __device__ __forceinline__ void store_remote(uint32_t shared, uint32_t barrier, 
       "{%3, %4, %5, %6}, [counter];\n}" ::"r"(shared),
       "r"(barrier), "r"(rank), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
       : "memory");
+}
+
+// ---- flags in global memory, and what they guard ----------------------------------------------
+
+// What the threads of this block wrote before a barrier with this one becomes visible first.
+__device__ __forceinline__ void raise_flag(int* flag) {
+  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory");
+}
+__device__ __forceinline__ void await_and_lower_flag(int* flag) {
+  int raised = 0;
+  while (!raised)
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
+  asm volatile("st.relaxed.gpu.global.s32 [%0], 0;" ::"l"(flag) : "memory");
+}
+// Past L1, which may hold what another block has overwritten.
+__device__ __forceinline__ int4 load_global(const int4* p) {
+  int4 v;
+  asm volatile("ld.global.cg.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
 }
 
 // ---- bulk copies, global -> shared, multiples of 16 bytes --------------------------------------
@@ -118,12 +143,16 @@ template <int pending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
-// Operand in shared memory: rows of 128 bytes, 16-byte chunk c of row r at chunk c ^ (r % 8),
-// 1024-byte aligned. Add 2 for each 32 bytes along k.
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared) {
+// Descriptor of an operand in shared memory: rows of 128 bytes, 16-byte chunk c of row r at chunk
+// c ^ (r % 8), 1024-byte aligned. `low` is the half that depends on the address: add 1 for 16
+// bytes.
+__device__ __forceinline__ uint32_t wgmma_descriptor_low(uint32_t shared) {
+  return 1 << 16 | (shared & 0x3ffff) >> 4;
+}
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t low) {
   constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
   constexpr uint64_t kEightRows = uint64_t(1024 >> 4) << 32;
-  return kSwizzle128 | kEightRows | (uint64_t(1) << 16) | ((shared & 0x3ffff) >> 4);
+  return kSwizzle128 | kEightRows | low;
 }
 
 // d[64 x N] = a[64 x 32] * b[32 x N] (+ d unless `clear`), int8 operands, a in registers. Lane

@@ -4,10 +4,15 @@
 
 // ---- load warp ---------------------------------------------------------------------------------
 
-// Two copies a stage. Pointers are carried along: what this warp computes between an empty stage
-// and its copies is latency for all the others.
-__device__ __forceinline__ void load(const Problem& p, const Shared& s, const Work& w) {
-  constexpr int kPairBytes = 2 * kBlockBytes;
+// The blocks of weights of a tile, which lie in pairs (k_blocks pairs in a row): where pairs are
+// split between tiles, each block is a copy of its own.
+constexpr int kCopies = WARPGROUPS == 1 ? 1 : WARPGROUPS % 2 == 0 ? WARPGROUPS / 2 : WARPGROUPS;
+constexpr int kCopyBlocks = WARPGROUPS / kCopies;
+
+// Pointers are carried along: what this warp computes between an empty stage and its copies is
+// latency for all the others.
+__device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule todo) {
+  constexpr int kPairBytes = 2 * kBlockBytes, kCopyBytes = kCopyBlocks * kBlockBytes;
   const bool leader = elect_one();
   const uint64_t token_policy = read_again();
   const uint64_t weight_policy = p.m_pad <= TILE_M ? read_once() : token_policy;
@@ -15,30 +20,42 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, const Wo
   Ring ring;
   int early = 0;  // stages that have their weights and wait for tokens
   bool waited = false;
-  for (int index = w.first; index < w.tiles; index += w.step) {
-    const Tile t = tile_at(p, index);
+  for (Piece piece; todo.take(piece);) {
+    const Tile t = tile_at(p, piece.tile);
     const int token_bytes = min(TILE_M, p.m_pad - t.m0) * kStageK;
-    const uint8_t* weights = p.weight + t.n0 / 64 % 2 * kBlockBytes +
-                             (int64_t(t.n0 / 128) * p.k_blocks + w.k_begin) * kPairBytes;
-    const int8_t* tokens = p.a8 + w.k_begin * token_step + t.m0 * kStageK;
-    for (int k = 0; k < w.k_count; ++k) {
-      const uint32_t full = s.full + ring.stage * 8, at = s.stages + ring.stage * kStageBytes;
-      barrier_wait(s.empty + ring.stage * 8, ring.parity ^ 1);
-      if (leader) {
-        barrier_expect(full, kWeightBytes + token_bytes);
-        bulk_copy(at + kTokenBytes, weights, kWeightBytes, full, weight_policy);
-        if (waited) bulk_copy(at, tokens, token_bytes, full, token_policy);
+    const uint8_t* weights[kCopies];
+    int copies = 0;  // the last tile may end before its last block
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int block = t.n0 / 64 + i * kCopyBlocks;
+      const int64_t pair = int64_t(block / 2) * p.k_blocks + piece.k_begin;
+      weights[i] = p.weight + pair * kPairBytes + block % 2 * kBlockBytes;
+      copies += block / 2 * 128 < p.n;
+    }
+    const int8_t* tokens = p.a8 + piece.k_begin * token_step + t.m0 * kStageK;
+    for (int k = 0; k < piece.k_count; ++k) {
+      const uint32_t at = s.stages + ring.offset, barriers = s.barriers + ring.barriers();
+      const uint32_t full = barriers + kFull;
+      barrier_wait(barriers + kEmpty, ring.parity ^ 1);
+      if (leader) barrier_expect(full, copies * kCopyBytes + token_bytes);
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        if (leader && i < copies) {
+          bulk_copy(at + kTokenBytes + i * kCopyBytes, weights[i], kCopyBytes, full, weight_policy);
+        }
+        weights[i] += kPairBytes;
       }
-      weights += kPairBytes;
+      if (leader && waited) bulk_copy(at, tokens, token_bytes, full, token_policy);
       if (waited) tokens += token_step;
       ring.advance();
-      if (!waited && (++early == STAGES || k + 1 == w.k_count)) {
+      if (!waited && (++early == STAGES || k + 1 == piece.k_count)) {
         wait_for_previous_kernel();
         waited = true;
         for (int i = 0; i < early; ++i) {
           if (leader) {
-            bulk_copy(s.stages + i * kStageBytes, tokens, token_bytes, s.full + i * 8,
-                      token_policy);
+            const uint32_t stage = s.stages + i * kStageBytes;
+            const uint32_t full = s.barriers + i * kStageBytes / 128 + kFull;
+            bulk_copy(stage, tokens, token_bytes, full, token_policy);
           }
           tokens += token_step;
         }
@@ -50,20 +67,22 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, const Wo
 // ---- table warps -------------------------------------------------------------------------------
 
 // Warp `turn` of them builds the tables of every third stage, two channels a lane and block.
-__device__ __forceinline__ void build_tables(const Problem& p, const Shared& s, const Work& w,
+__device__ __forceinline__ void build_tables(const Problem& p, const Shared& s, Schedule todo,
                                              int turn, int lane) {
   Ring ring;
-  for (int index = w.first; index < w.tiles; index += w.step) {
-    const Tile t = tile_at(p, index);
+  for (Piece piece; todo.take(piece);) {
+    const Tile t = tile_at(p, piece.tile);
     float unit[WARPGROUPS][2];
 #pragma unroll
     for (int i = 0; i < WARPGROUPS * 2; ++i) {
-      unit[i / 2][i % 2] = p.unit[t.n0 + i / 2 * 64 + lane * 2 + i % 2];
+      const int channel = t.n0 + i / 2 * 64 + lane * 2 + i % 2;
+      unit[i / 2][i % 2] = channel < (p.n + 127) / 128 * 128 ? p.unit[channel] : 0.0f;
     }
-    for (int k = 0; k < w.k_count; ++k) {
-      barrier_wait(s.full + ring.stage * 8, ring.parity);
+    for (int k = 0; k < piece.k_count; ++k) {
+      const uint32_t weights = s.stages + ring.offset + kTokenBytes;
+      const uint32_t barriers = s.barriers + ring.barriers();
+      barrier_wait(barriers + kFull, ring.parity);
       if (turn == 0) {
-        const uint32_t weights = s.stages + ring.stage * kStageBytes + kTokenBytes;
 #pragma unroll
         for (int i = 0; i < WARPGROUPS * kGroups; ++i) {  // block, group
           const int block = i / kGroups, group = i % kGroups;
@@ -77,7 +96,7 @@ __device__ __forceinline__ void build_tables(const Problem& p, const Shared& s, 
           store_shared(tables + 16, build_table(fields >> 16, unit[block][1]));
         }
         __syncwarp();
-        if (lane == 0) barrier_arrive(s.ready + ring.stage * 8);
+        if (lane == 0) barrier_arrive(barriers + kReady);
       }
       turn = turn == 0 ? kTableWarps - 1 : turn - 1;
       ring.advance();

@@ -1,46 +1,61 @@
 // Part of sm90_w4a8_gemm.cu: the main loop of a multiplying warpgroup, stages to accumulators.
+//
+// Two warps a scheduler cannot hide each other's latency, so this loop is bound by its instructions
+// before the tensor cores are: it has no branches, and its addresses are a register each.
 #pragma once
 
-struct Weights {      // of a thread, in one stage
-  uint32_t words[8];  // two a k-step: the first channel's nibbles, the second channel's
-  uint4 low, high;    // tables of the two channels, for the group at hand
-};
-
-__device__ __forceinline__ void load_weights(Weights& v, const Shared& s, const Ring& ring,
-                                             int warpgroup, int thread) {
-  // A table is built after its stage is full.
-  barrier_wait((FOLD ? s.ready : s.full) + ring.stage * 8, ring.parity);
-  const uint32_t block =
-      s.stages + ring.stage * kStageBytes + kTokenBytes + warpgroup * kBlockBytes;
-  const uint4 v0 = load_shared(block + thread * 16);
-  const uint4 v1 = load_shared(block + 2048 + thread * 16);
-  v.words[0] = v0.x, v.words[1] = v0.y, v.words[2] = v0.z, v.words[3] = v0.w;
-  v.words[4] = v1.x, v.words[5] = v1.y, v.words[6] = v1.z, v.words[7] = v1.w;
-}
 // First channel of a thread, of 64.
 __device__ __forceinline__ int channel_of(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
 
-// Operand of k-step `step`. A group's tables are fetched at its first step.
-__device__ __forceinline__ void unpack(uint32_t (&a)[4], Weights& v, const Shared& s, int stage,
-                                       int step, int warpgroup, int thread) {
+struct Operands {           // of a thread
+  uint32_t a[2][BATCH][4];  // unpacked: one set is multiplied while the other is made
+  uint32_t words[8];        // of a stage, two a k-step: the first channel's nibbles, the second's
+  uint4 low, high;          // tables of the two channels, for the group at hand
+};
+
+struct Addresses {  // of a thread in stage 0
+  uint32_t stage, barriers, words, tables, descriptor;
+};
+__device__ __forceinline__ Addresses addresses(const Shared& s, int warpgroup, int thread) {
+  const uint32_t weights = s.stages + kTokenBytes, tables = weights + kWeightBytes;
+  const int channel = warpgroup * kGroups * 64 + channel_of(thread);
+  return {s.stages, s.barriers, opaque(weights + warpgroup * kBlockBytes + thread * 16),
+          opaque(tables + channel * 16), opaque(wgmma_descriptor_low(s.stages))};
+}
+
+__device__ __forceinline__ void load_tables(Operands& v, uint32_t at) {
 #if FOLD
-  if (step * 32 % GROUP == 0) {
-    const uint32_t tables =
-        s.stages + stage * kStageBytes + kTokenBytes + kWeightBytes +
-        ((warpgroup * kGroups + step * 32 / GROUP) * 64 + channel_of(thread)) * 16;
-    v.low = load_shared(tables);
-    v.high = load_shared(tables + 8 * 16);
-  }
+  v.low = load_shared(at);
+  v.high = load_shared(at + 8 * 16);
 #else
   v.low = v.high = identity_table();
 #endif
-  look_up(a[0], a[2], v.words[2 * step], v.low);
-  look_up(a[1], a[3], v.words[2 * step + 1], v.high);
 }
 
-__device__ __forceinline__ void release(const Shared& s, int stage) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(s.empty + stage * 8);
+// Waits for a stage, and loads its words and the tables of its first group.
+__device__ __forceinline__ void load_weights(Operands& v, const Addresses& from, const Ring& ring) {
+  // A table is built after its stage is full.
+  barrier_wait(from.barriers + ring.barriers() + (FOLD ? kReady : kFull), ring.parity);
+  const uint4 v0 = load_shared(from.words + ring.offset);
+  const uint4 v1 = load_shared(from.words + ring.offset + 2048);
+  v.words[0] = v0.x, v.words[1] = v0.y, v.words[2] = v0.z, v.words[3] = v0.w;
+  v.words[4] = v1.x, v.words[5] = v1.y, v.words[6] = v1.z, v.words[7] = v1.w;
+  load_tables(v, from.tables + ring.offset);
+}
+
+// Makes the operands of BATCH k-steps from `first` on, of the stage at `ring`.
+__device__ __forceinline__ void unpack(Operands& v, const Addresses& from, const Ring& ring,
+                                       int first) {
+#pragma unroll
+  for (int j = 0; j < BATCH; ++j) {
+    const int step = first + j;
+    if (step > 0 && step * 32 % GROUP == 0) {
+      load_tables(v, from.tables + ring.offset + step * 32 / GROUP * 64 * 16);
+    }
+    uint32_t (&a)[4] = v.a[first / BATCH % 2][j];
+    look_up(a[0], a[2], v.words[2 * step], v.low);
+    look_up(a[1], a[3], v.words[2 * step + 1], v.high);
+  }
 }
 
 #if !FOLD
@@ -60,67 +75,70 @@ __device__ __forceinline__ void add_group(Accumulator (&acc)[kAccumulators],
 }
 #endif
 
-// acc <- the products of one tile, this block's share of k. The operands of the next BATCH k-steps
-// are unpacked while the multiplications of these run.
+// Multiplies the stage at `ring`, whose first operands are unpacked, and moves on. `more`: the next
+// stage follows, and its first operands are unpacked, too.
+template <bool more>
+__device__ __forceinline__ void multiply_stage(Accumulator (&acc)[kAccumulators],
+                                               int (&partial)[kAccumulators], Operands& v,
+                                               const Addresses& from, Ring& ring,
+                                               uint32_t& previous, bool first) {
+  const Ring now = ring;
+  const uint32_t tokens = from.descriptor + now.offset / 16;
+#pragma unroll
+  for (int step = 0; step < kSteps; step += BATCH) {
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j) {
+      const uint64_t descriptor = wgmma_descriptor(tokens + 2 * (step + j));
+      const uint32_t (&a)[4] = v.a[step / BATCH % 2][j];
+#if FOLD
+      wgmma_s8<TILE_M>(acc, a, descriptor, first && step + j == 0);
+#else
+      wgmma_s8<TILE_M>(partial, a, descriptor, (step + j) * 32 % GROUP == 0);
+#endif
+    }
+    wgmma_commit();
+    wgmma_wait<1>();  // the batch before has read its operands and, at step 0, its stage
+    if (step == 0 && threadIdx.x % 32 == 0 && !first) barrier_arrive(previous);
+    if (step + BATCH < kSteps) {
+      unpack(v, from, now, step + BATCH);
+    } else if (more) {
+      unpack(v, from, ring, 0);
+    }
+    if (step + 2 * BATCH == kSteps) {  // all words of this stage are unpacked
+      ring.advance();
+      if (more) load_weights(v, from, ring);
+    }
+#if !FOLD
+    if ((step + BATCH) * 32 % GROUP == 0) {
+      wgmma_wait<0>();
+      const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128;
+      add_group(acc, partial,
+                from.stage + now.offset + kTokenBytes + warpgroup * kBlockBytes + kNibbleBytes +
+                    (step * 32 / GROUP * 64 + channel_of(thread)) * 2);
+    }
+#endif
+  }
+  previous = from.barriers + now.barriers() + kEmpty;
+}
+
+// acc <- the products of k_count blocks of 128 k of one tile.
 __device__ __forceinline__ void multiply(Accumulator (&acc)[kAccumulators], const Shared& s,
                                          Ring& ring, int k_count, int warpgroup, int thread) {
-  uint32_t a[2][BATCH][4];
-  Weights weights;
-#if !FOLD
+  const Addresses from = addresses(s, warpgroup, thread);
+  Operands v;
   int partial[kAccumulators];
+#if !FOLD
 #pragma unroll
   for (int i = 0; i < kAccumulators; ++i) acc[i] = 0;
 #endif
-  load_weights(weights, s, ring, warpgroup, thread);
-#pragma unroll
-  for (int j = 0; j < BATCH; ++j) {
-    unpack(a[0][j], weights, s, ring.stage, j, warpgroup, thread);
+  load_weights(v, from, ring);
+  unpack(v, from, ring, 0);
+  uint32_t previous = 0;  // barrier of the stage that is still being read
+  for (int i = 0; i < k_count - 1; ++i) {
+    multiply_stage<true>(acc, partial, v, from, ring, previous, i == 0);
   }
-  int previous = -1;
-  for (int i = 0; i < k_count; ++i) {
-    const int stage = ring.stage;
-    const uint32_t at = s.stages + stage * kStageBytes;
-    const uint64_t tokens = wgmma_descriptor(at);
-    const bool more = i + 1 < k_count;
-#pragma unroll
-    for (int step = 0; step < kSteps; step += BATCH) {
-      const int batch = step / BATCH;
-      wgmma_fence();
-#pragma unroll
-      for (int j = 0; j < BATCH; ++j) {
-#if FOLD
-        wgmma_s8<TILE_M>(acc, a[batch % 2][j], tokens + 2 * (step + j), i == 0 && step + j == 0);
-#else
-        wgmma_s8<TILE_M>(partial, a[batch % 2][j], tokens + 2 * (step + j),
-                         (step + j) * 32 % GROUP == 0);
-#endif
-      }
-      wgmma_commit();
-      wgmma_wait<1>();  // the batch before has read its operands and, at step 0, its stage
-      if (step == 0 && previous >= 0) release(s, previous);
-      const bool last = step + BATCH == kSteps;
-      if (!last || more) {
-#pragma unroll
-        for (int j = 0; j < BATCH; ++j) {
-          unpack(a[(batch + 1) % 2][j], weights, s, last ? ring.stage : stage,
-                 (step + BATCH + j) % kSteps, warpgroup, thread);
-        }
-      }
-      if (step + 2 * BATCH == kSteps) {  // the words of this stage are all unpacked
-        ring.advance();
-        if (more) load_weights(weights, s, ring, warpgroup, thread);
-      }
-#if !FOLD
-      if ((step + BATCH) * 32 % GROUP == 0) {
-        wgmma_wait<0>();
-        add_group(acc, partial,
-                  at + kTokenBytes + warpgroup * kBlockBytes + kNibbleBytes +
-                      (step * 32 / GROUP * 64 + channel_of(thread)) * 2);
-      }
-#endif
-    }
-    previous = stage;
-  }
+  multiply_stage<false>(acc, partial, v, from, ring, previous, k_count == 1);
   wgmma_wait<0>();
-  release(s, previous);
+  if (threadIdx.x % 32 == 0) barrier_arrive(previous);
 }

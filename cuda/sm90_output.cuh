@@ -1,4 +1,5 @@
-// Part of sm90_w4a8_gemm.cu: accumulators to outputs, and the sum over the blocks of a cluster.
+// Part of sm90_w4a8_gemm.cu: accumulators to outputs, and sums over blocks that share a tile.
+// Sums of int32 do not depend on their order.
 #pragma once
 
 struct ChannelScales {  // of a thread's two channels
@@ -18,15 +19,16 @@ __device__ __forceinline__ ChannelScales load_channel_scales(const Problem& p, i
   return c;
 }
 
-__device__ __forceinline__ Out scale_output(Accumulator acc, float channel_scale, float token_scale,
-                                            float bias) {
-#if DTYPE == INT32
-  return Out(acc);
-#else
-  const float y = mul_rn(mul_rn(float(acc), channel_scale), token_scale);
-  return from_float<DTYPE>(add_rn(y, bias));
-#endif
+__device__ __forceinline__ float scale_output(Accumulator acc, float channel_scale,
+                                              float token_scale, float bias) {
+  return add_rn(mul_rn(mul_rn(float(acc), channel_scale), token_scale), bias);
 }
+
+#if DTYPE == INT32
+__device__ __forceinline__ Out to_out(Accumulator y) { return Out(y); }
+#else
+__device__ __forceinline__ Out to_out(float y) { return from_float<DTYPE>(y); }
+#endif
 
 // Writes 16 channels of a warp for `blocks` blocks of 8 tokens, from the tile's block `first` on.
 template <int blocks>
@@ -46,7 +48,10 @@ __device__ __forceinline__ void write_out(const Problem& p, const Shared& s, con
                  : "=f"(token_scale[0]), "=f"(token_scale[1])
                  : "r"(scales + j * 32)
                  : "memory");
-    Out y[4];  // [channel][token]
+#if DTYPE == INT32
+    const Accumulator* y = acc + 4 * j;
+#else
+    float y[4];  // [channel][token]
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       y[i] = scale_output(acc[4 * j + i], c.scale[i / 2], token_scale[i % 2], c.bias[i / 2]);
@@ -55,15 +60,15 @@ __device__ __forceinline__ void write_out(const Problem& p, const Shared& s, con
       const int row = j * 8 + lane % 8, half = (lane / 8 % 2) ^ (row / 4 % 2);
       asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(
                        staging + row * 32 + half * 16),
-                   "r"(uint32_t(y[0]) | uint32_t(y[1]) << 16),
-                   "r"(uint32_t(y[2]) | uint32_t(y[3]) << 16)
+                   "r"(from_floats<DTYPE>(y[0], y[1])), "r"(from_floats<DTYPE>(y[2], y[3]))
                    : "memory");
-    } else {
+      continue;
+    }
+#endif
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = token0 + j * 8 + 2 * q + i % 2, n = channel + g + i / 2 * 8;
-        if (token < p.m && n < p.n) p.out[int64_t(token) * p.n + n] = y[i];
-      }
+    for (int i = 0; i < 4; ++i) {
+      const int token = token0 + j * 8 + 2 * q + i % 2, n = channel + g + i / 2 * 8;
+      if (token < p.m && n < p.n) p.out[int64_t(token) * p.n + n] = to_out(y[i]);
     }
   }
   if (!vectors) return;
@@ -81,11 +86,15 @@ __device__ __forceinline__ void write_out(const Problem& p, const Shared& s, con
 }
 
 // Adds the accumulators of the cluster's blocks. Block `rank` gets and writes every size-th block
-// of 8 tokens. Sums of int32 do not depend on their order.
+// of 8 tokens.
 __device__ __forceinline__ void reduce_and_write(const Problem& p, const Shared& s, const Tile& t,
                                                  const Accumulator (&acc)[kAccumulators],
                                                  const ChannelScales& c, int rank, int size) {
   const int slots = (kTokenBlocks + size - 1) / size;  // [from][slot][thread][16 bytes]
+  if (kPartialsInRing) {  // every block has read its stages for the last time
+    cluster_arrive_release();
+    cluster_wait();
+  }
 #pragma unroll
   for (int j = 0; j < kTokenBlocks; ++j) {
     const int v[4] = {int(acc[4 * j]), int(acc[4 * j + 1]), int(acc[4 * j + 2]),
@@ -102,5 +111,45 @@ __device__ __forceinline__ void reduce_and_write(const Problem& p, const Shared&
       sum[0] += int(v.x), sum[1] += int(v.y), sum[2] += int(v.z), sum[3] += int(v.w);
     }
     write_out<1>(p, s, t, sum, c, j, threadIdx.x / 32);
+  }
+}
+
+// A block that begins inside a tile leaves its sums to the block that began the tile:
+// partials [block of the grid][warpgroup][16 bytes of a thread][thread], then its flag is raised.
+__device__ __forceinline__ int* flag_of(const Problem& p, int block, int warpgroup) {
+  int8_t* flags = const_cast<int8_t*>(p.a8) + int64_t(p.k_blocks) * p.m_pad * kStageK;
+  return reinterpret_cast<int*>(flags) + block * WARPGROUPS + warpgroup;
+}
+__device__ __forceinline__ int4* partial_of(const Problem& p, int block, int warpgroup) {
+  return p.partials + int64_t(block * WARPGROUPS + warpgroup) * kTokenBlocks * 128;
+}
+
+__device__ __forceinline__ void leave_partial(const Problem& p,
+                                              const Accumulator (&acc)[kAccumulators],
+                                              int warpgroup, int thread) {
+  int4* partial = partial_of(p, blockIdx.x, warpgroup) + thread;
+#pragma unroll
+  for (int j = 0; j < kTokenBlocks; ++j) {
+    partial[j * 128] = make_int4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+  }
+  named_barrier(1 + warpgroup, 128);
+  if (thread == 0) raise_flag(flag_of(p, blockIdx.x, warpgroup));
+}
+
+// Adds what `followers` blocks left. They are those before this one in the grid
+// (sm90_schedule.cuh). Their flags are lowered again for the next launch.
+__device__ __forceinline__ void collect_partials(const Problem& p,
+                                                 Accumulator (&acc)[kAccumulators], int followers,
+                                                 int warpgroup, int thread) {
+  if (thread < followers) await_and_lower_flag(flag_of(p, blockIdx.x - 1 - thread, warpgroup));
+  named_barrier(1 + warpgroup, 128);
+#pragma unroll 1
+  for (int i = 1; i <= followers; ++i) {
+    const int4* partial = partial_of(p, blockIdx.x - i, warpgroup) + thread;
+#pragma unroll
+    for (int j = 0; j < kTokenBlocks; ++j) {
+      const int4 v = load_global(partial + j * 128);
+      acc[4 * j] += v.x, acc[4 * j + 1] += v.y, acc[4 * j + 2] += v.z, acc[4 * j + 3] += v.w;
+    }
   }
 }

@@ -5,16 +5,15 @@
 //   FOLD=0   the same with sum_g S[n, g] * sum_{k in g} a8[m, k] * w4[n, k]    (reference.gemm)
 //
 // Contract (bit-identical to the reference)
-//   a8            int8, the layout of common.cuh, m_pad rows (m rounded up to 8)
+//   a8            int8, the layout of common.cuh, m_pad rows (m rounded up to 8), and its flags
 //   token_scale   float32 [m]
-//   weight        blocks of 64 channels x 128 k, [ceil(n / 128)][ceil(k / 128)][2][block], see
-//   below unit          float32 [n rounded up to 128], 127 / m of fold.cuh (FOLD=0: not read)
+//   weight        blocks of 64 channels x 128 k, [ceil(n / 128)][ceil(k / 128)][2][block], as below
+//   unit          float32 [n rounded up to 128], 127 / m of fold.cuh (FOLD=0: not read)
 //   channel_scale float32 [n];  bias DTYPE [n] or nullptr
 //   out           DTYPE [m, n]; with -DDTYPE=INT32 the accumulators
-//   grid          clusters of 1 to 8 blocks; a cluster takes tiles of TILE_M tokens x
-//                 64 * WARPGROUPS channels, every (number of clusters)-th one. Its blocks share the
-//                 k of a tile and add their int32 sums, so a cluster of more than one block takes
-//                 exactly one tile. Block: 128 * (WARPGROUPS + 1) threads.
+//   partials      int32 [blocks of the grid][tile], scratch; read if whole_tiles < tiles
+//   grid          clusters of 1 to 8 blocks of 128 * (WARPGROUPS + 1) threads. A tile is TILE_M
+//                 tokens x 64 * WARPGROUPS channels; who computes which: sm90_schedule.cuh
 //   May be launched to overlap the kernel before: weights load first, a8 after that one is done. So
 //   the kernel right before must not be one that writes the weights.
 //
@@ -51,14 +50,17 @@ constexpr int kWeightBytes = WARPGROUPS * kBlockBytes;
 constexpr int kTokenBytes = TILE_M * kStageK;
 constexpr int kTableBytes = FOLD ? WARPGROUPS * kGroups * 64 * 16 : 0;
 constexpr int kStageBytes = kTokenBytes + (kWeightBytes + kTableBytes + 1023) / 1024 * 1024;
-constexpr int kTokenBlocks = TILE_M / 8;  // a thread holds 2 channels x 2 tokens of each
+constexpr int kFull = 0, kReady = 8, kEmpty = 16;  // barriers of a stage, see Ring
+constexpr int kTokenBlocks = TILE_M / 8;           // a thread holds 2 channels x 2 tokens of each
 constexpr int kAccumulators = TILE_M / 2;
 constexpr int kChunk = TILE_M < 32 ? TILE_M : 32;  // tokens that a warp transposes at a time
 constexpr int kStagingBytes = WARPGROUPS * 4 * kChunk * 32;
 constexpr int kScaleBytes = WARPGROUPS * TILE_M * 4;  // token scales, a copy for each warpgroup
+// Where the partial sums of a cluster meet. Large tiles have no room for them beside the ring.
+constexpr bool kPartialsInRing = TILE_M >= 128;
 // Registers of a thread: at launch, of the last warpgroup, of the others.
 constexpr int kRegisters = 65536 / (kThreads * MIN_BLOCKS) / 8 * 8;
-constexpr int kLoadRegisters = kRegisters > 100 ? 72 : 56;
+constexpr int kLoadRegisters = 40;
 constexpr int kMultiplyRegisters =
     (kRegisters * (WARPGROUPS + 1) - kLoadRegisters) / WARPGROUPS / 8 * 8;
 
@@ -81,31 +83,26 @@ struct Problem {
   const float* channel_scale;
   const uint16_t* bias;
   Out* out;
-  int m, m_pad, n, k_blocks;
+  int4* partials;
+  int m, m_pad, n, k_blocks, whole_tiles;
 };
+
+#include "sm90_schedule.cuh"
 
 struct Shared {  // addresses in shared memory
-  uint32_t stages, staging, scales, full, ready, empty, reduced, partials;
+  uint32_t stages, staging, scales, reduced, barriers, partials;
 };
 
-struct Tile {
-  int n0, m0;  // first channel, first token
-};
-__device__ __forceinline__ Tile tile_at(const Problem& p, int index) {
-  const int m_tiles = (p.m_pad + TILE_M - 1) / TILE_M;
-  return {index / m_tiles * 64 * WARPGROUPS, index % m_tiles * TILE_M};
-}
-
-struct Work {
-  int first, step, tiles;  // tiles of this cluster
-  int k_begin, k_count;    // blocks of 128 k of this block
-};
-
-struct Ring {     // a position in the ring of stages; every role walks all stages in order, since a
-  int stage = 0;  // parity tells no more than two phases of a barrier apart
-  int parity = 0;
+// A position in the ring of stages. Every role walks all stages in order, since a parity tells no
+// more than two phases of a barrier apart.
+struct Ring {
+  uint32_t offset = 0;  // of the stage, bytes
+  uint32_t parity = 0;
+  // Of the stage's barriers: a power of two of the other, which costs the least to compute.
+  __device__ __forceinline__ uint32_t barriers() const { return offset / 128; }
   __device__ __forceinline__ void advance() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
+    offset += kStageBytes;
+    if (offset == STAGES * kStageBytes) offset = 0, parity ^= 1;
   }
 };
 
@@ -128,37 +125,34 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
 #include "sm90_multiply.cuh"
 #include "sm90_output.cuh"
 
-__device__ __forceinline__ void multiply_tiles(const Problem& p, const Shared& s, const Work& w,
-                                               int rank, int size, int warp) {
-  const int warpgroup = warp / 4, thread = threadIdx.x % 128;
+__device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& s, Schedule todo) {
+  const int warp = threadIdx.x / 32, warpgroup = warp / 4, thread = threadIdx.x % 128;
   wait_for_previous_kernel();  // it may have written the token scales
   Ring ring;
-  for (int index = w.first; index < w.tiles; index += w.step) {
-    const Tile t = tile_at(p, index);
+  for (Piece piece; todo.take(piece);) {
+    const Tile t = tile_at(p, piece.tile);
     // What the output needs is under way while the tile is multiplied.
     const ChannelScales c = load_channel_scales(p, t.n0 + warpgroup * 64 + channel_of(thread));
-    constexpr int kScales = (TILE_M + 127) / 128;
-    float token_scale[kScales];
-#pragma unroll
-    for (int i = 0; i < kScales; ++i) {
-      const int token = t.m0 + i * 128 + thread;
-      token_scale[i] = DTYPE != INT32 && token < p.m ? p.token_scale[token] : 0.0f;
+    named_barrier(1 + warpgroup, 128);  // the token scales of the tile before have been read
+    for (int token = thread; token < TILE_M; token += 128) {
+      copy4(s.scales + (warpgroup * TILE_M + token) * 4, p.token_scale + t.m0 + token,
+            t.m0 + token < p.m);
     }
+    commit_copies();
     Accumulator acc[kAccumulators];
-    multiply(acc, s, ring, w.k_count, warpgroup, thread);
-    named_barrier(1 + warpgroup, 128);  // the scales of the tile before have been read
-#pragma unroll
-    for (int i = 0; i < kScales; ++i) {
-      const int token = i * 128 + thread;
-      if (token < TILE_M) {
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(s.scales + (warpgroup * TILE_M + token) * 4),
-                     "f"(token_scale[i])
-                     : "memory");
-      }
+    multiply(acc, s, ring, piece.k_count, warpgroup, thread);
+    const int size = cluster_size();
+    if (size == 1 && piece.k_begin > 0) {
+      leave_partial(p, acc, warpgroup, thread);
+      continue;
     }
-    named_barrier(1 + warpgroup, 128);  // the scales of this tile are there
+    if (size == 1 && piece.k_count < p.k_blocks) {
+      collect_partials(p, acc, todo.followers(piece.tile), warpgroup, thread);
+    }
+    wait_copies<0>();
+    named_barrier(1 + warpgroup, 128);  // the token scales of this tile are there
     if (size > 1) {
-      reduce_and_write(p, s, t, acc, c, rank, size);
+      reduce_and_write(p, s, t, acc, c, cluster_rank(), size);
     } else {
       constexpr int kChunkBlocks = kChunk / 8;
 #pragma unroll
@@ -171,34 +165,27 @@ __device__ __forceinline__ void multiply_tiles(const Problem& p, const Shared& s
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
     w4a8_gemm(const int8_t* a8, const float* token_scale, const uint8_t* weight, const float* unit,
-              const float* channel_scale, const uint16_t* bias, Out* out, int m, int m_pad, int n,
-              int k_blocks) {
+              const float* channel_scale, const uint16_t* bias, Out* out, int4* partials, int m,
+              int m_pad, int n, int k_blocks, int whole_tiles) {
   extern __shared__ __align__(1024) uint8_t memory[];
-  const Problem p = {a8,  token_scale, weight, unit, channel_scale, bias,
-                     out, m,           m_pad,  n,    k_blocks};
+  const Problem p = {a8,       token_scale, weight, unit, channel_scale, bias,       out,
+                     partials, m,           m_pad,  n,    k_blocks,      whole_tiles};
   const int size = cluster_size(), rank = cluster_rank();
   Shared s;
   s.stages = shared_address(memory);
   s.staging = s.stages + STAGES * kStageBytes;
   s.scales = s.staging + kStagingBytes;
-  s.full = s.scales + kScaleBytes;
-  s.ready = s.full + STAGES * 8;
-  s.empty = s.ready + STAGES * 8;
-  s.reduced = s.empty + STAGES * 8;
-  s.partials = (s.reduced + 8 + 15) / 16 * 16;
-
-  Work w;
-  w.first = blockIdx.x / size;
-  w.step = gridDim.x / size;
-  w.tiles = (n + 64 * WARPGROUPS - 1) / (64 * WARPGROUPS) * ((m_pad + TILE_M - 1) / TILE_M);
-  w.k_begin = k_blocks * rank / size;
-  w.k_count = k_blocks * (rank + 1) / size - w.k_begin;
+  s.reduced = s.scales + kScaleBytes;
+  s.barriers = s.reduced + 16;
+  s.partials =
+      kPartialsInRing ? s.stages : (s.barriers + STAGES * kStageBytes / 128 + 15) / 16 * 16;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(s.full + i * 8, 1);
-      barrier_init(s.ready + i * 8, 1);
-      barrier_init(s.empty + i * 8, kMultipliers / 32);
+      const uint32_t at = s.barriers + i * kStageBytes / 128;
+      barrier_init(at + kFull, 1);
+      barrier_init(at + kReady, 1);
+      barrier_init(at + kEmpty, kMultipliers / 32);
     }
     barrier_init(s.reduced, 1);
     barrier_init_fence();
@@ -213,13 +200,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
   if (warp / 4 < WARPGROUPS) {
     raise_registers<kMultiplyRegisters>();
     if (size > 1) cluster_wait();  // the others' barriers exist
-    multiply_tiles(p, s, w, rank, size, warp);
+    multiply_pieces(p, s, Schedule(p));
   } else {
     lower_registers<kLoadRegisters>();
     if (warp % 4 == 0) {
-      load(p, s, w);
+      load(p, s, Schedule(p));
     } else if (FOLD) {
-      build_tables(p, s, w, warp % 4 - 1, threadIdx.x % 32);
+      build_tables(p, s, Schedule(p), warp % 4 - 1, threadIdx.x % 32);
     }
     if (size > 1) cluster_wait();
   }

@@ -29,7 +29,7 @@ from generators import (
 from vllm_intscale import cuda_backend, jit, ops, reference, sm80_gemm, sm90_gemm
 from vllm_intscale.reference import Weight
 from vllm_intscale.sm80_gemm import TILES
-from vllm_intscale.sm90_gemm import FORMS
+from vllm_intscale.sm90_gemm import FORMS, STREAMED
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,11 +70,16 @@ def arithmetic(w: Weight, family: str) -> Weight:
 def variants(
     family: str, k: int, group_size: int, splits: tuple[int, ...] = (1, 2, 5, 8)
 ) -> list[tuple[object, int | None]]:
-    """Tiles of a family, on Hopper each with several splits of k and, last, its own choice."""
+    """Tiles of a family, on Hopper each streamed and with splits of k; last, its own choice."""
     if family == "sm80":
         return [(tile, None) for tile in TILES]
     tiles = sm90_gemm.tiles(family)
-    every = [(tile, s) for tile in tiles for s in tile.splits(k, group_size, family) if s in splits]
+    every = [
+        (tile, s)
+        for tile in tiles
+        for s in (STREAMED, *tile.splits(k, group_size, family))
+        if s in (STREAMED, *splits)
+    ]
     return [*every, (None, None)]
 
 
@@ -212,7 +217,7 @@ def rows_of_trouble(k: int, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
-@pytest.mark.parametrize("k", [32, 96, 512, 4096, 14336])
+@pytest.mark.parametrize("k", [32, 96, 512, 4096, 14336, 20480])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_quantize_activation_equals_reference(k: int, dtype: torch.dtype) -> None:
     x = rows_of_trouble(k, dtype)

@@ -7,6 +7,7 @@ test or a benchmark may force one. All are bit-identical to `reference`. Dense l
 
 from __future__ import annotations
 
+import math
 import os
 
 import numpy as np
@@ -20,6 +21,7 @@ from vllm_intscale.sm80_gemm import Routing
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.int32: 2}  # DTYPE in common.cuh
 ROW_THREADS = 256  # kThreads of activation.cu
+FLAG_BYTES = 4096  # kFlagBytes of common.cuh
 MAX_ROW_BYTES = 96 * 1024  # shared memory for one row of silu_mul_quantize
 
 
@@ -88,8 +90,10 @@ def integer_weight(qweight: Tensor, group_scale: Tensor, n: int, k: int) -> Tens
 
 
 def new_activation(like: Tensor, rows: int, k: int) -> Tensor:
-    """Uninitialized int8 activations of `rows` x `k` in the kernels' layout."""
-    return like.new_empty(-(-k // 128), -(-rows // 8) * 8, 128, dtype=torch.int8)
+    """Uninitialized int8 activations of `rows` x `k` in the kernels' layout, flags behind them."""
+    shape = -(-k // 128), -(-rows // 8) * 8, 128
+    size = math.prod(shape)
+    return like.new_empty(size + FLAG_BYTES, dtype=torch.int8)[:size].view(shape)
 
 
 def swizzle(a8: Tensor) -> Tensor:
@@ -100,7 +104,9 @@ def swizzle(a8: Tensor) -> Tensor:
     row = torch.arange(chunks.shape[0], device=a8.device) % 8
     order = torch.arange(8, device=a8.device) ^ row[:, None]
     chunks = chunks.gather(2, order[:, None, :, None].expand(chunks.shape))
-    return chunks.transpose(0, 1).flatten(2).contiguous()
+    blocks = chunks.transpose(0, 1).flatten(2)
+    flags = a8.new_zeros(FLAG_BYTES)
+    return torch.cat((blocks.flatten(), flags))[: blocks.numel()].view(blocks.shape)
 
 
 def unswizzle(a8: Tensor, rows: int, k: int) -> Tensor:
@@ -161,7 +167,7 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
     if m:
         kernel = _row_kernel("quantize_activation", x.dtype)
         args = (x, a8, token_scale, *map(np.int64, (k, x.stride(0), a8.shape[1])))
-        jit.launch(kernel, x.device, (m,), ROW_THREADS, args)
+        jit.launch(kernel, x.device, (m,), ROW_THREADS, args, overlap=True)
     return a8, token_scale
 
 
@@ -194,7 +200,7 @@ def gemm(
 ) -> Tensor:
     """See `reference.gemm`; the weight as `prepare_weight` made it. int32 gives accumulators.
 
-    splits: blocks that share a tile's k, on Hopper.
+    splits: blocks that share a tile's k, on Hopper, or sm90_gemm.STREAMED.
     """
     m = token_scale.shape[0]
     out = a8.new_empty(m, channel_scale.shape[0], dtype=dtype)

@@ -24,6 +24,8 @@ SHARED_BYTES = 227 * 1024  # of a block, at most
 MULTIPROCESSOR_BYTES = 228 * 1024  # of its blocks and 1 KB for each
 ROWS = 4096  # of a weight prepared at a time: bounds the extra memory
 MAX_SPLITS = 8  # blocks of a portable cluster
+MAX_FLAGS = 1024  # kFlagBytes of common.cuh
+STREAMED = 0  # instead of a number of splits: see cuda/sm90_schedule.cuh
 
 
 class Tile(NamedTuple):
@@ -49,20 +51,20 @@ class Tile(NamedTuple):
         return 128 * (self.warpgroups + 1)
 
     def _bytes(self, group_size: int, form: str) -> tuple[int, int]:
-        """Bytes of a stage, and of what does not grow with stages or splits."""
+        """Bytes of a stage without its barriers, and of what is there once."""
         groups = BLOCK_K // group_size
         tables = self.warpgroups * groups * 64 * 16 if form == "fold" else 0
         weights = self.warpgroups * (4096 + groups * 128) + tables
-        fixed = self.warpgroups * (4 * min(self.m, 32) * 32 + self.m * 4) + 32
+        fixed = self.warpgroups * (4 * min(self.m, 32) * 32 + self.m * 4) + 48
         return self.m * BLOCK_K + -(-weights // 1024) * 1024, fixed
 
     def stages_of(self, group_size: int, form: str) -> int:
         """As many as measured best for groups of 128, or as fit for smaller groups."""
         stage, fixed = self._bytes(group_size, form)
-        return min(self.stages, (SHARED_BYTES - fixed) // (stage + 24))
-
-    def _partial_bytes(self, splits: int) -> int:
-        return splits * -(-self.m // 8 // splits) * self.warpgroups * 2048 if splits > 1 else 0
+        return min(
+            self.stages,
+            (MULTIPROCESSOR_BYTES // self.blocks - 1024 - fixed) // (stage + stage // 128),
+        )
 
     def splits(self, k: int, group_size: int, form: str) -> list[int]:
         """Into how many blocks the K of a tile can be split."""
@@ -72,7 +74,10 @@ class Tile(NamedTuple):
     def shared_bytes(self, group_size: int, form: str, splits: int) -> int:
         stage, fixed = self._bytes(group_size, form)
         stages = self.stages_of(group_size, form)
-        return stages * (stage + 24) + fixed + self._partial_bytes(splits)
+        partials = splits * -(-self.m // 8 // splits) * self.warpgroups * 2048 if splits > 1 else 0
+        if self.m < 128:  # kPartialsInRing
+            return stages * (stage + stage // 128) + fixed + partials
+        return max(stages * stage, partials) + stages * stage // 128 + fixed
 
     def kernel(
         self, group_size: int, form: str, dtype_code: int, float_scale: bool = False
@@ -95,19 +100,24 @@ class Tile(NamedTuple):
 
 # The last number: microseconds that 128 k take on an H100 full of such blocks.
 TILES = (
-    Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=0.50),
-    Tile(m=16, warpgroups=1, stages=6, blocks=4, batch=1, block_us=0.52),
-    Tile(m=32, warpgroups=1, stages=6, blocks=3, batch=1, block_us=0.56),
-    Tile(m=64, warpgroups=1, stages=5, blocks=2, batch=1, block_us=0.46),
-    Tile(m=64, warpgroups=2, stages=5, blocks=2, batch=1, block_us=0.84),
-    Tile(m=128, warpgroups=1, stages=4, blocks=2, batch=2, block_us=0.56),
-    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.70),
+    Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=0.43),
+    Tile(m=16, warpgroups=1, stages=6, blocks=4, batch=2, block_us=0.48),
+    Tile(m=16, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.56),
+    Tile(m=32, warpgroups=1, stages=6, blocks=3, batch=2, block_us=0.43),
+    Tile(m=32, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.56),
+    Tile(m=64, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.40),
+    Tile(m=64, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.44),
+    Tile(m=128, warpgroups=1, stages=4, blocks=2, batch=2, block_us=0.52),
+    Tile(m=128, warpgroups=2, stages=7, blocks=1, batch=2, block_us=0.41),
+    Tile(m=128, warpgroups=3, stages=6, blocks=1, batch=2, block_us=0.54),
+    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.58),
 )
 
 
 def tiles(form: str) -> tuple[Tile, ...]:
     """Those that a form can use: accumulating needs a second set of accumulators."""
-    return tuple(t for t in TILES if form == "fold" or (t.m <= 128 and t.warpgroups == 1))
+    large = {(64, 2), (128, 3), (256, 2)}
+    return tuple(t for t in TILES if form == "fold" or (t.m, t.warpgroups) not in large)
 
 
 @cache
@@ -120,27 +130,40 @@ def choose(
 ) -> tuple[Tile, int]:
     """Tile and number of blocks that share a tile's k, for M tokens, N channels, K inputs.
 
-    The fastest by a model of the time: so many waves of blocks, each as long as its blocks of k
-    take. Where tokens are few, memory is what blocks share, and a started wave costs only its
-    share. Clusters of more than two blocks leave some multiprocessors without a whole cluster.
+    The fastest by a model of the time, fitted to what `bench.tiles` measures: waves of blocks, each
+    as long as its blocks of k take. Where tokens are few, memory is what blocks share, and a
+    started wave costs only its share; clusters of more than two blocks leave some multiprocessors
+    without a whole one; streaming costs no waves, but the exchange of partial sums.
     """
+    k_blocks = -(-k // BLOCK_K)
 
     def cost(tile: Tile, splits: int) -> float:
-        shared_bytes = tile.shared_bytes(group_size, form, splits)
+        shared_bytes = tile.shared_bytes(group_size, form, max(1, splits))
         resident = min(tile.blocks, MULTIPROCESSOR_BYTES // (shared_bytes + 1024))
-        blocks = -(-n // tile.n) * -(-m // tile.m) * splits
-        waves = blocks / (multiprocessors * resident * (1.0 if splits <= 2 else 0.85))
+        slots = multiprocessors * resident
+        tiles = -(-n // tile.n) * -(-m // tile.m)
+        size = tile.m * tile.n / 2**15
+        if splits == STREAMED:
+            waves = tiles / slots
+            if waves > 1 and math.ceil(waves) < 1.1 * waves:
+                return math.inf  # little to win
+            blocks = min(slots, tiles * k_blocks)
+            exchange_us = 6.6 + 1.1 * size * (1 + max(1.0, blocks / tiles))
+            return tiles * k_blocks / blocks * tile.block_us + exchange_us
+        waves = tiles * splits / (slots * (1.0 if splits <= 2 else 0.84))
+        if splits > 1 and waves > 3:
+            return math.inf  # never won
         waves = max(1.0, waves) if tile.m < 64 and splits == 1 else math.ceil(waves)
-        fill = min(1.0, blocks / (multiprocessors * tile.blocks))
-        block_us = tile.block_us * (2 + fill) / 3
-        start_us = 2.0 if splits > 1 else 0.0  # of every wave; unsplit blocks stay for all tiles
-        return waves * (k / BLOCK_K / splits * block_us + start_us) + 0.3 * splits
+        fill = min(1.0, tiles * splits / (multiprocessors * tile.blocks))
+        block_us = tile.block_us * (0.8 + 0.2 * fill)
+        exchange_us = 8.2 * size if splits > 1 else 0.0
+        return waves * (k_blocks / splits * block_us + exchange_us) + 0.02 * splits
 
     options = [
         (tile, splits)
         for tile in tiles(form)
         if tile.m < 2 * max(m, 8)
-        for splits in tile.splits(k, group_size, form)
+        for splits in (STREAMED, *tile.splits(k, group_size, form))
     ]
     return min(options, key=lambda option: cost(*option))
 
@@ -281,7 +304,9 @@ class Plan(NamedTuple):
     grid: tuple[int]
     threads: int
     shared_bytes: int
-    splits: int
+    cluster: int
+    whole_tiles: int
+    partials: int  # int32 numbers of scratch
 
 
 @lru_cache(4096)  # a launch should cost no more of the host than it must
@@ -303,12 +328,24 @@ def _plan(
         splits = best_splits if tile == best else 1
     assert not float_scale or (form == "accumulate" and splits == 1)
     tiles = -(-n // tile.n) * -(-m // tile.m)
+    resident = multiprocessors * tile.blocks
+    blocks, whole_tiles, partials = min(tiles, resident), tiles, 0
+    if splits == STREAMED:  # at least a tile a block, so that most tiles have one follower at most
+        blocks = min(tiles * k_blocks, resident)
+        whole_tiles = max(0, tiles // blocks - 1) * blocks
+        partials = blocks * tile.m * tile.n
+        assert blocks * tile.warpgroups <= MAX_FLAGS
+    elif splits > 1:
+        blocks = tiles * splits
+    cluster = max(1, splits)
     return Plan(
         tile.kernel(group_size, form, dtype_code, float_scale),
-        (tiles * splits if splits > 1 else min(tiles, multiprocessors * tile.blocks),),
+        (blocks,),
         tile.threads,
-        tile.shared_bytes(group_size, form, splits),
-        splits,
+        tile.shared_bytes(group_size, form, cluster),
+        cluster,
+        whole_tiles,
+        partials,
     )
 
 
@@ -334,13 +371,15 @@ def gemm(
     assert device is not None
     shape = (m, n, k_blocks, group_size_of(blocks), form, dtype_code, _multiprocessors(device))
     plan = _plan(*shape, tile, splits, float_scale)
+    scratch = out.new_empty(plan.partials, dtype=torch.int32) if plan.partials else None
+    sizes = (m, m_pad, n, k_blocks, plan.whole_tiles)
     jit.launch(
         plan.kernel,
         a8.device,
         plan.grid,
         plan.threads,
-        (a8, token_scale, blocks, unit, channel_scale, bias, out, m, m_pad, n, k_blocks),
+        (a8, token_scale, blocks, unit, channel_scale, bias, out, scratch, *sizes),
         shared_bytes=plan.shared_bytes,
-        cluster=plan.splits,
+        cluster=plan.cluster,
         overlap=True,
     )

@@ -1,0 +1,70 @@
+// Part of sm90_w4a8_gemm.cu: which tiles, and which of their k, a block computes.
+//
+//   clusters   one tile each; its blocks share the k evenly and add in shared memory
+//   whole      without clusters: block b takes tiles b, b + grid, ... below whole_tiles
+//   streamed   the k of the tiles from whole_tiles on is laid end to end and cut evenly:
+//
+//     tile           |------ t ------|---- t + 1 ----|---- t + 2 ----|
+//     block     ... 3    |     2     |     1     |     0     |
+//
+//              A block that begins inside a tile leaves that piece's sums in global memory first,
+//              and the one that began the tile collects them, last. It waits for blocks before it
+//              in the grid only, which started earlier, so that no block waits for one that needs
+//              its place.
+#pragma once
+
+struct Tile {
+  int n0, m0;  // first channel, first token
+};
+__device__ __forceinline__ Tile tile_at(const Problem& p, int index) {
+  const int m_tiles = opaque((p.m_pad + TILE_M - 1) / TILE_M);
+  return {index / m_tiles * 64 * WARPGROUPS, index % m_tiles * TILE_M};
+}
+
+struct Piece {
+  int tile, k_begin, k_count;  // k in blocks of 128
+};
+
+// Sizes are opaque to keep reciprocals for divisions out of registers while tiles are multiplied.
+struct Schedule {
+  const Problem& p;
+  int next;  // tile to take whole; or ~x, x blocks of k after the start of tile whole_tiles
+
+  __device__ __forceinline__ explicit Schedule(const Problem& p)
+      : p(p), next(blockIdx.x / cluster_size()) {}
+
+  __device__ __forceinline__ bool take(Piece& piece) {
+    if (next >= 0 && next < p.whole_tiles) {
+      const int size = cluster_size(), rank = cluster_rank();
+      const int k_begin = p.k_blocks * rank / size;
+      piece = {next, k_begin, p.k_blocks * (rank + 1) / size - k_begin};
+      next += gridDim.x / size;
+      return true;
+    }
+    if (streamed() == 0) return false;
+    if (next >= 0) next = ~begin_of(gridDim.x - 1 - blockIdx.x);
+    const int at = ~next, end = begin_of(gridDim.x - blockIdx.x);
+    if (at >= end) return false;
+    const int k_blocks = opaque(p.k_blocks), k_begin = at % k_blocks;
+    piece = {p.whole_tiles + at / k_blocks, k_begin, min(k_blocks - k_begin, end - at)};
+    next = ~(at + piece.k_count);
+    return true;
+  }
+  __device__ __forceinline__ int streamed() const {  // blocks of k
+    const int n_tiles = (p.n + 64 * WARPGROUPS - 1) / (64 * WARPGROUPS);
+    const int m_tiles = opaque((p.m_pad + TILE_M - 1) / TILE_M);
+    return (n_tiles * m_tiles - p.whole_tiles) * p.k_blocks;
+  }
+  // Where the share of a block begins that is the i-th from the last.
+  __device__ __forceinline__ int begin_of(uint32_t i) const {
+    return uint32_t(streamed()) * i / uint32_t(opaque(gridDim.x));
+  }
+  // How many blocks after this one work on the tile that its share ends in.
+  __device__ __forceinline__ int followers(int tile) const {
+    const int tile_end = (tile - p.whole_tiles + 1) * p.k_blocks;
+    const int own = gridDim.x - 1 - blockIdx.x;
+    int count = 0;
+    while (begin_of(own + count + 1) < tile_end) ++count;
+    return count;
+  }
+};
