@@ -12,6 +12,15 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// At the same barrier of another block of the cluster. Not .release.cluster, which is a slow fence:
+// what is released are reads.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
+      " mbarrier.arrive.release.cta.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
 // One arrival that also announces `bytes` of bulk copies.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
@@ -92,6 +101,17 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, u
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1], %2, [%3], %4;" ::"r"(shared),
       "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+// The same, to the same offset in every block of the cluster whose bit is set; so the barriers.
+template <int blocks>
+__device__ __forceinline__ void bulk_copy_to_cluster(uint32_t shared, const void* global,
+                                                     uint32_t bytes, uint32_t barrier,
+                                                     uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      ".L2::cache_hint [%0], [%1], %2, [%3], %4, %5;" ::"r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier), "h"(uint16_t(blocks)), "l"(policy)
       : "memory");
 }
 // What the L2 cache should do with the bytes of a copy.

@@ -9,6 +9,18 @@
 constexpr int kCopies = WARPGROUPS == 1 ? 1 : WARPGROUPS % 2 == 0 ? WARPGROUPS / 2 : WARPGROUPS;
 constexpr int kCopyBlocks = WARPGROUPS / kCopies;
 
+// Tokens of a stage. Blocks that share them copy a part each, to all.
+__device__ __forceinline__ void copy_tokens(uint32_t stage, const int8_t* tokens, int bytes,
+                                            uint32_t full, uint64_t policy) {
+  constexpr int kPart = kTokenBytes / SHARE;
+  const int begin = blockIdx.x % SHARE * kPart, part = min(kPart, bytes - begin);
+  if (SHARE == 1) {
+    bulk_copy(stage, tokens, bytes, full, policy);
+  } else if (part > 0) {
+    bulk_copy_to_cluster<(1 << SHARE) - 1>(stage + begin, tokens + begin, part, full, policy);
+  }
+}
+
 // Pointers are carried along: what this warp computes between an empty stage and its copies is
 // latency for all the others.
 __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule todo) {
@@ -45,7 +57,7 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule
         }
         weights[i] += kPairBytes;
       }
-      if (leader && waited) bulk_copy(at, tokens, token_bytes, full, token_policy);
+      if (leader && waited) copy_tokens(at, tokens, token_bytes, full, token_policy);
       if (waited) tokens += token_step;
       ring.advance();
       if (!waited && (++early == STAGES || k + 1 == piece.k_count)) {
@@ -55,7 +67,7 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule
           if (leader) {
             const uint32_t stage = s.stages + i * kStageBytes;
             const uint32_t full = s.barriers + i * kStageBytes / 128 + kFull;
-            bulk_copy(stage, tokens, token_bytes, full, token_policy);
+            copy_tokens(stage, tokens, token_bytes, full, token_policy);
           }
           tokens += token_step;
         }

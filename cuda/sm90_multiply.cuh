@@ -32,6 +32,16 @@ __device__ __forceinline__ void load_tables(Operands& v, uint32_t at) {
 #endif
 }
 
+// Lets a stage be filled again, by all blocks that fill it. `empty`: its barrier.
+__device__ __forceinline__ void release(uint32_t empty) {
+  const int lane = threadIdx.x % 32;
+  if (SHARE == 1) {
+    if (lane == 0) barrier_arrive(empty);
+  } else if (lane < SHARE) {
+    barrier_arrive_at(empty, lane);
+  }
+}
+
 // Waits for a stage, and loads its words and the tables of its first group.
 __device__ __forceinline__ void load_weights(Operands& v, const Addresses& from, const Ring& ring) {
   // A table is built after its stage is full.
@@ -59,19 +69,22 @@ __device__ __forceinline__ void unpack(Operands& v, const Addresses& from, const
 }
 
 #if !FOLD
-__device__ __forceinline__ Accumulator load_scale(uint32_t address) {
+__device__ __forceinline__ int load_scale(uint32_t address) {
   int v;
   asm volatile("ld.shared.s16 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-  return Accumulator(v);
+  return v;
 }
-// acc += S * partial for one group, S at its two channels.
-__device__ __forceinline__ void add_group(Accumulator (&acc)[kAccumulators],
-                                          const int (&partial)[kAccumulators], uint32_t scales) {
-  const Accumulator low = load_scale(scales), high = load_scale(scales + 8 * 2);
+// acc += S * partial for one group, S at its two channels. Returns 0, when the scales have been
+// read: see `multiply`.
+__device__ __forceinline__ uint32_t add_group(Accumulator (&acc)[kAccumulators],
+                                              const int (&partial)[kAccumulators],
+                                              uint32_t scales) {
+  const int low = load_scale(scales), high = load_scale(scales + 8 * 2);
 #pragma unroll
   for (int i = 0; i < kAccumulators; ++i) {
-    acc[i] += (i % 4 < 2 ? low : high) * Accumulator(partial[i]);
+    acc[i] += Accumulator(i % 4 < 2 ? low : high) * Accumulator(partial[i]);
   }
+  return (uint32_t(low + 32768) | uint32_t(high + 32768)) >> 16;
 }
 #endif
 
@@ -84,6 +97,7 @@ __device__ __forceinline__ void multiply_stage(Accumulator (&acc)[kAccumulators]
                                                uint32_t& previous, bool first) {
   const Ring now = ring;
   const uint32_t tokens = from.descriptor + now.offset / 16;
+  uint32_t read = 0;
 #pragma unroll
   for (int step = 0; step < kSteps; step += BATCH) {
     wgmma_fence();
@@ -99,7 +113,7 @@ __device__ __forceinline__ void multiply_stage(Accumulator (&acc)[kAccumulators]
     }
     wgmma_commit();
     wgmma_wait<1>();  // the batch before has read its operands and, at step 0, its stage
-    if (step == 0 && threadIdx.x % 32 == 0 && !first) barrier_arrive(previous);
+    if (step == 0 && !first) release(previous);
     if (step + BATCH < kSteps) {
       unpack(v, from, now, step + BATCH);
     } else if (more) {
@@ -113,13 +127,13 @@ __device__ __forceinline__ void multiply_stage(Accumulator (&acc)[kAccumulators]
     if ((step + BATCH) * 32 % GROUP == 0) {
       wgmma_wait<0>();
       const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128;
-      add_group(acc, partial,
-                from.stage + now.offset + kTokenBytes + warpgroup * kBlockBytes + kNibbleBytes +
-                    (step * 32 / GROUP * 64 + channel_of(thread)) * 2);
+      const uint32_t scales = from.stage + now.offset + kTokenBytes + warpgroup * kBlockBytes +
+                              kNibbleBytes + (step * 32 / GROUP * 64 + channel_of(thread)) * 2;
+      read = add_group(acc, partial, scales);
     }
 #endif
   }
-  previous = from.barriers + now.barriers() + kEmpty;
+  previous = from.barriers + now.barriers() + kEmpty + read;
 }
 
 // acc <- the products of k_count blocks of 128 k of one tile.
@@ -140,5 +154,7 @@ __device__ __forceinline__ void multiply(Accumulator (&acc)[kAccumulators], cons
   }
   multiply_stage<false>(acc, partial, v, from, ring, previous, k_count == 1);
   wgmma_wait<0>();
-  if (threadIdx.x % 32 == 0) barrier_arrive(previous);
+  // An arrival overtakes loads that queue behind stores of other warps. In the loop, and for the
+  // words, what is loaded is needed before; for scales, the address depends on them.
+  release(previous);
 }

@@ -141,11 +141,12 @@ __device__ __forceinline__ void leave_partial(const Problem& p,
 __device__ __forceinline__ void collect_partials(const Problem& p,
                                                  Accumulator (&acc)[kAccumulators], int followers,
                                                  int warpgroup, int thread) {
-  if (thread < followers) await_and_lower_flag(flag_of(p, blockIdx.x - 1 - thread, warpgroup));
+  if (thread < followers)
+    await_and_lower_flag(flag_of(p, blockIdx.x - SHARE * (1 + thread), warpgroup));
   named_barrier(1 + warpgroup, 128);
 #pragma unroll 1
   for (int i = 1; i <= followers; ++i) {
-    const int4* partial = partial_of(p, blockIdx.x - i, warpgroup) + thread;
+    const int4* partial = partial_of(p, blockIdx.x - SHARE * i, warpgroup) + thread;
 #pragma unroll
     for (int j = 0; j < kTokenBlocks; ++j) {
       const int4 v = load_global(partial + j * 128);

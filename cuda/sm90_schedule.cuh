@@ -13,12 +13,30 @@
 //              its place.
 #pragma once
 
+// Clusters of a launch with SHARE > 1 are neither: they take what is a tile of SHARE times as many
+// channels here, and each of their blocks one of the neighbours, all of its k.
+__device__ __forceinline__ int split_size() { return SHARE > 1 ? 1 : cluster_size(); }
+__device__ __forceinline__ int split_rank() { return SHARE > 1 ? 0 : cluster_rank(); }
+constexpr int kClusterN = 64 * WARPGROUPS * SHARE;
+
+__device__ __forceinline__ int tiles_along_n(const Problem& p) {
+  return (p.n + kClusterN - 1) / kClusterN;
+}
+__device__ __forceinline__ int tiles_along_m(const Problem& p) {
+  return opaque((p.m_pad + TILE_M - 1) / TILE_M);
+}
+
 struct Tile {
-  int n0, m0;  // first channel, first token
+  int n0, m0;  // first channel (of this block), first token
 };
+// Tiles of the same channels follow each other, but only over as many tokens as the L2 cache keeps
+// until the next channels are multiplied.
 __device__ __forceinline__ Tile tile_at(const Problem& p, int index) {
-  const int m_tiles = opaque((p.m_pad + TILE_M - 1) / TILE_M);
-  return {index / m_tiles * 64 * WARPGROUPS, index % m_tiles * TILE_M};
+  constexpr int kGroup = 4096 / TILE_M;
+  const int of_group = tiles_along_n(p) * kGroup, m_first = index / of_group * kGroup;
+  const int m_count = min(kGroup, tiles_along_m(p) - m_first), at = index % of_group;
+  const int n0 = at / m_count * kClusterN + blockIdx.x % SHARE * 64 * WARPGROUPS;
+  return {n0, (m_first + at % m_count) * TILE_M};
 }
 
 struct Piece {
@@ -30,20 +48,22 @@ struct Schedule {
   const Problem& p;
   int next;  // tile to take whole; or ~x, x blocks of k after the start of tile whole_tiles
 
-  __device__ __forceinline__ explicit Schedule(const Problem& p)
-      : p(p), next(blockIdx.x / cluster_size()) {}
+  __device__ __forceinline__ explicit Schedule(const Problem& p) : p(p), next(cluster()) {}
+
+  __device__ __forceinline__ int cluster() const { return blockIdx.x / cluster_size(); }
+  __device__ __forceinline__ int clusters() const { return gridDim.x / cluster_size(); }
 
   __device__ __forceinline__ bool take(Piece& piece) {
     if (next >= 0 && next < p.whole_tiles) {
-      const int size = cluster_size(), rank = cluster_rank();
+      const int size = split_size(), rank = split_rank();
       const int k_begin = p.k_blocks * rank / size;
       piece = {next, k_begin, p.k_blocks * (rank + 1) / size - k_begin};
-      next += gridDim.x / size;
+      next += clusters();
       return true;
     }
     if (streamed() == 0) return false;
-    if (next >= 0) next = ~begin_of(gridDim.x - 1 - blockIdx.x);
-    const int at = ~next, end = begin_of(gridDim.x - blockIdx.x);
+    if (next >= 0) next = ~begin_of(clusters() - 1 - cluster());
+    const int at = ~next, end = begin_of(clusters() - cluster());
     if (at >= end) return false;
     const int k_blocks = opaque(p.k_blocks), k_begin = at % k_blocks;
     piece = {p.whole_tiles + at / k_blocks, k_begin, min(k_blocks - k_begin, end - at)};
@@ -51,18 +71,16 @@ struct Schedule {
     return true;
   }
   __device__ __forceinline__ int streamed() const {  // blocks of k
-    const int n_tiles = (p.n + 64 * WARPGROUPS - 1) / (64 * WARPGROUPS);
-    const int m_tiles = opaque((p.m_pad + TILE_M - 1) / TILE_M);
-    return (n_tiles * m_tiles - p.whole_tiles) * p.k_blocks;
+    return (tiles_along_n(p) * tiles_along_m(p) - p.whole_tiles) * p.k_blocks;
   }
-  // Where the share of a block begins that is the i-th from the last.
+  // Where the share of a cluster begins that is the i-th from the last.
   __device__ __forceinline__ int begin_of(uint32_t i) const {
-    return uint32_t(streamed()) * i / uint32_t(opaque(gridDim.x));
+    return uint32_t(streamed()) * i / uint32_t(opaque(clusters()));
   }
-  // How many blocks after this one work on the tile that its share ends in.
+  // How many clusters after this one work on the tile that its share ends in.
   __device__ __forceinline__ int followers(int tile) const {
     const int tile_end = (tile - p.whole_tiles + 1) * p.k_blocks;
-    const int own = gridDim.x - 1 - blockIdx.x;
+    const int own = clusters() - 1 - cluster();
     int count = 0;
     while (begin_of(own + count + 1) < tile_end) ++count;
     return count;

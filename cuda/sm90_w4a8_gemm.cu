@@ -13,18 +13,18 @@
 //   out           DTYPE [m, n]; with -DDTYPE=INT32 the accumulators
 //   partials      int32 [blocks of the grid][tile], scratch; read if whole_tiles < tiles
 //   grid          clusters of 1 to 8 blocks of 128 * (WARPGROUPS + 1) threads. A tile is TILE_M
-//                 tokens x 64 * WARPGROUPS channels; who computes which: sm90_schedule.cuh
-//   May be launched to overlap the kernel before: weights load first, a8 after that one is done. So
-//   the kernel right before must not be one that writes the weights.
+//                 tokens x 64 * WARPGROUPS channels; who computes which: sm90_schedule.cuh. With
+//                 SHARE=2 clusters are two blocks, neighbours in n, that load their tokens together
+//   May be launched to overlap the kernels before (the quantizer overlaps, too): weights load
+//   first, a8 once they are done. So none of them may write the weights.
 //
 // A block of weights is what one warpgroup multiplies at a time, as the A operand (m64n*k32, in
 // registers): warp w, lane 4 g + t holds channels 16 w + g ("first") and 16 w + g + 8 ("second").
 //
-//   [2 halves][128 threads][4 words]      words of half h: k-step 2 h first, 2 h second, 2 h + 1
-//   [128 / GROUP][64] uint16              first, 2 h + 1 second; a word is nibbles of k + 4 t +
-//   0..3,
-//                                         then of k + 16 + 4 t + 0..3 (codes: fold.cuh)
-//   the scales: fields of fold.cuh with FOLD=1, S as int16 with FOLD=0
+//   [2 halves][128 threads][4 words]  words of half h: k-step 2 h first, 2 h second, 2 h + 1 first,
+//                                     2 h + 1 second; a word is nibbles of k + 4 t + 0..3, then of
+//                                     k + 16 + 4 t + 0..3 (codes: fold.cuh)
+//   [128 / GROUP][64] uint16          the scales: fields of fold.cuh (FOLD=0: S as int16)
 //
 // One stage of shared memory is 128 k of a tile:
 //
@@ -130,9 +130,10 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
   wait_for_previous_kernel();  // it may have written the token scales
   Ring ring;
   for (Piece piece; todo.take(piece);) {
-    const Tile t = tile_at(p, piece.tile);
+    Tile t = tile_at(p, piece.tile);
     // What the output needs is under way while the tile is multiplied.
     const ChannelScales c = load_channel_scales(p, t.n0 + warpgroup * 64 + channel_of(thread));
+    wait_copies<0>();                   // of a piece that did not need them
     named_barrier(1 + warpgroup, 128);  // the token scales of the tile before have been read
     for (int token = thread; token < TILE_M; token += 128) {
       copy4(s.scales + (warpgroup * TILE_M + token) * 4, p.token_scale + t.m0 + token,
@@ -141,7 +142,8 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
     commit_copies();
     Accumulator acc[kAccumulators];
     multiply(acc, s, ring, piece.k_count, warpgroup, thread);
-    const int size = cluster_size();
+    t = tile_at(p, opaque(piece.tile));  // again, to leave its registers to the multiplication
+    const int size = split_size();
     if (size == 1 && piece.k_begin > 0) {
       leave_partial(p, acc, warpgroup, thread);
       continue;
@@ -152,7 +154,7 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
     wait_copies<0>();
     named_barrier(1 + warpgroup, 128);  // the token scales of this tile are there
     if (size > 1) {
-      reduce_and_write(p, s, t, acc, c, cluster_rank(), size);
+      reduce_and_write(p, s, t, acc, c, split_rank(), size);
     } else {
       constexpr int kChunkBlocks = kChunk / 8;
 #pragma unroll
@@ -170,7 +172,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
   extern __shared__ __align__(1024) uint8_t memory[];
   const Problem p = {a8,       token_scale, weight, unit, channel_scale, bias,       out,
                      partials, m,           m_pad,  n,    k_blocks,      whole_tiles};
-  const int size = cluster_size(), rank = cluster_rank();
+  const int size = split_size(), rank = split_rank();
+  const bool clustered = cluster_size() > 1;
   Shared s;
   s.stages = shared_address(memory);
   s.staging = s.stages + STAGES * kStageBytes;
@@ -185,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
       const uint32_t at = s.barriers + i * kStageBytes / 128;
       barrier_init(at + kFull, 1);
       barrier_init(at + kReady, 1);
-      barrier_init(at + kEmpty, kMultipliers / 32);
+      barrier_init(at + kEmpty, SHARE * kMultipliers / 32);
     }
     barrier_init(s.reduced, 1);
     barrier_init_fence();
@@ -194,20 +197,25 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
   }
   __syncthreads();
   let_next_kernel_start();
-  if (size > 1) cluster_arrive();
+  if (clustered) cluster_arrive();
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform for the compiler too
   if (warp / 4 < WARPGROUPS) {
     raise_registers<kMultiplyRegisters>();
-    if (size > 1) cluster_wait();  // the others' barriers exist
+    if (clustered) cluster_wait();  // the others' barriers exist
     multiply_pieces(p, s, Schedule(p));
   } else {
     lower_registers<kLoadRegisters>();
+    if (SHARE > 1) cluster_wait();  // the same, for copies to them
     if (warp % 4 == 0) {
       load(p, s, Schedule(p));
     } else if (FOLD) {
       build_tables(p, s, Schedule(p), warp % 4 - 1, threadIdx.x % 32);
     }
-    if (size > 1) cluster_wait();
+    if (SHARE == 1 && clustered) cluster_wait();
+  }
+  if (SHARE > 1) {  // nobody copies to this block or arrives at its barriers any more
+    cluster_arrive_release();
+    cluster_wait();
   }
 }

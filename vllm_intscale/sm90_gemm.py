@@ -32,7 +32,7 @@ class Tile(NamedTuple):
     """Tokens x channels of a block, and what it keeps in flight.
 
     blocks: that share a multiprocessor; batch: k-steps whose multiplications are issued at once;
-    block_us: for `choose`.
+    block_us: for `choose`; share: neighbouring blocks that load their tokens together.
     """
 
     m: int
@@ -41,10 +41,12 @@ class Tile(NamedTuple):
     blocks: int
     batch: int
     block_us: float
+    share: int = 1
 
     @property
     def n(self) -> int:
-        return 64 * self.warpgroups
+        """Channels of what is scheduled as one: of a block, or of blocks that share tokens."""
+        return 64 * self.warpgroups * self.share
 
     @property
     def threads(self) -> int:
@@ -68,6 +70,8 @@ class Tile(NamedTuple):
 
     def splits(self, k: int, group_size: int, form: str) -> list[int]:
         """Into how many blocks the K of a tile can be split."""
+        if self.share > 1:
+            return [1]
         possible = range(1, min(MAX_SPLITS, -(-k // BLOCK_K)) + 1)
         return [s for s in possible if self.shared_bytes(group_size, form, s) <= SHARED_BYTES]
 
@@ -90,6 +94,7 @@ class Tile(NamedTuple):
             "BATCH": self.batch if form == "fold" else 1,
             "GROUP": group_size,
             "FOLD": int(form == "fold"),
+            "SHARE": self.share,
             "FLOAT_SCALE": int(float_scale),
             "DTYPE": dtype_code,
         }
@@ -111,6 +116,7 @@ TILES = (
     Tile(m=128, warpgroups=2, stages=7, blocks=1, batch=2, block_us=0.41),
     Tile(m=128, warpgroups=3, stages=6, blocks=1, batch=2, block_us=0.54),
     Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.58),
+    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.56, share=2),
 )
 
 
@@ -140,24 +146,25 @@ def choose(
     def cost(tile: Tile, splits: int) -> float:
         shared_bytes = tile.shared_bytes(group_size, form, max(1, splits))
         resident = min(tile.blocks, MULTIPROCESSOR_BYTES // (shared_bytes + 1024))
-        slots = multiprocessors * resident
+        slots = multiprocessors * resident // tile.share
         tiles = -(-n // tile.n) * -(-m // tile.m)
-        size = tile.m * tile.n / 2**15
+        size = tile.m * tile.warpgroups / 512  # of the largest tile
         if splits == STREAMED:
             waves = tiles / slots
             if waves > 1 and math.ceil(waves) < 1.1 * waves:
                 return math.inf  # little to win
-            blocks = min(slots, tiles * k_blocks)
-            exchange_us = 6.6 + 1.1 * size * (1 + max(1.0, blocks / tiles))
-            return tiles * k_blocks / blocks * tile.block_us + exchange_us
+            clusters = min(slots, tiles * k_blocks)
+            exchange_us = 6.6 + 1.1 * size * (1 + max(1.0, clusters / tiles))
+            return tiles * k_blocks / clusters * tile.block_us + exchange_us
         waves = tiles * splits / (slots * (1.0 if splits <= 2 else 0.84))
         if splits > 1 and waves > 3:
             return math.inf  # never won
         waves = max(1.0, waves) if tile.m < 64 and splits == 1 else math.ceil(waves)
-        fill = min(1.0, tiles * splits / (multiprocessors * tile.blocks))
+        fill = min(1.0, tiles * splits * tile.share / (multiprocessors * tile.blocks))
         block_us = tile.block_us * (0.8 + 0.2 * fill)
         exchange_us = 8.2 * size if splits > 1 else 0.0
-        return waves * (k_blocks / splits * block_us + exchange_us) + 0.02 * splits
+        start_us = 0.02 * splits + 0.8 * (tile.share - 1)
+        return waves * (k_blocks / splits * block_us + exchange_us) + start_us
 
     options = [
         (tile, splits)
@@ -328,21 +335,21 @@ def _plan(
         splits = best_splits if tile == best else 1
     assert not float_scale or (form == "accumulate" and splits == 1)
     tiles = -(-n // tile.n) * -(-m // tile.m)
-    resident = multiprocessors * tile.blocks
-    blocks, whole_tiles, partials = min(tiles, resident), tiles, 0
-    if splits == STREAMED:  # at least a tile a block, so that most tiles have one follower at most
-        blocks = min(tiles * k_blocks, resident)
-        whole_tiles = max(0, tiles // blocks - 1) * blocks
-        partials = blocks * tile.m * tile.n
-        assert blocks * tile.warpgroups <= MAX_FLAGS
+    resident = multiprocessors * tile.blocks // tile.share
+    clusters, whole_tiles, partials = min(tiles, resident), tiles, 0
+    if splits == STREAMED:  # at least a tile each, so that most tiles have one follower at most
+        clusters = min(tiles * k_blocks, resident)
+        whole_tiles = max(0, tiles // clusters - 1) * clusters
+        partials = clusters * tile.m * tile.n
+        assert clusters * tile.share * tile.warpgroups <= MAX_FLAGS
     elif splits > 1:
-        blocks = tiles * splits
-    cluster = max(1, splits)
+        clusters = tiles
+    cluster = tile.share if splits <= 1 else splits
     return Plan(
         tile.kernel(group_size, form, dtype_code, float_scale),
-        (blocks,),
+        (clusters * cluster,),
         tile.threads,
-        tile.shared_bytes(group_size, form, cluster),
+        tile.shared_bytes(group_size, form, max(1, splits)),
         cluster,
         whole_tiles,
         partials,

@@ -136,7 +136,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         ncols=min(5, 2 * len(shapes)),
         fontsize="small",
     )
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    figure.savefig(path, dpi=90, bbox_inches="tight")
     pyplot.close(figure)
 
 
