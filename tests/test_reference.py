@@ -19,7 +19,7 @@ from generators import (
     weight,
 )
 
-from vllm_intscale import ops, reference, sm90_gemm
+from vllm_intscale import cuda_backend, ops, reference, sm90_gemm
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.packing import pack_codes
 
@@ -284,3 +284,14 @@ def test_choice_of_tile_covers_every_shape() -> None:
         assert tile in sm90_gemm.tiles(form) and 0 <= splits <= -(-k // 128)
         assert tile.shared_bytes(group_size, form, max(1, splits)) <= sm90_gemm.SHARED_BYTES
         assert tile.stages_of(group_size, form) >= 2
+
+
+def test_activations_without_flags_are_refused() -> None:
+    """Blocks of the Hopper GEMM meet in memory behind the activations, which a copy lacks."""
+    for a8 in (
+        cuda_backend.swizzle(torch.ones(5, 96, dtype=torch.int8)),
+        cuda_backend.new_activation(torch.empty(0), 9, 200),
+    ):
+        sm90_gemm.check_flags(a8)
+        with pytest.raises(IntScaleError, match="4096 bytes of flags"):
+            sm90_gemm.check_flags(a8.clone())

@@ -21,7 +21,6 @@ from vllm_intscale.sm80_gemm import Routing
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.int32: 2}  # DTYPE in common.cuh
 ROW_THREADS = 256  # kThreads of activation.cu
-FLAG_BYTES = 4096  # kFlagBytes of common.cuh
 MAX_ROW_BYTES = 96 * 1024  # shared memory for one row of silu_mul_quantize
 
 
@@ -93,7 +92,7 @@ def new_activation(like: Tensor, rows: int, k: int) -> Tensor:
     """Uninitialized int8 activations of `rows` x `k` in the kernels' layout, flags behind them."""
     shape = -(-k // 128), -(-rows // 8) * 8, 128
     size = math.prod(shape)
-    return like.new_empty(size + FLAG_BYTES, dtype=torch.int8)[:size].view(shape)
+    return like.new_empty(size + sm90_gemm.FLAG_BYTES, dtype=torch.int8)[:size].view(shape)
 
 
 def swizzle(a8: Tensor) -> Tensor:
@@ -105,7 +104,7 @@ def swizzle(a8: Tensor) -> Tensor:
     order = torch.arange(8, device=a8.device) ^ row[:, None]
     chunks = chunks.gather(2, order[:, None, :, None].expand(chunks.shape))
     blocks = chunks.transpose(0, 1).flatten(2)
-    flags = a8.new_zeros(FLAG_BYTES)
+    flags = a8.new_zeros(sm90_gemm.FLAG_BYTES)
     return torch.cat((blocks.flatten(), flags))[: blocks.numel()].view(blocks.shape)
 
 

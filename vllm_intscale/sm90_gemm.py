@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_intscale import jit, reference
+from vllm_intscale.errors import IntScaleError
 
 FORMS = ("fold", "accumulate")
 BLOCK_K = 128
@@ -24,7 +25,7 @@ SHARED_BYTES = 227 * 1024  # of a block, at most
 MULTIPROCESSOR_BYTES = 228 * 1024  # of its blocks and 1 KB for each
 ROWS = 4096  # of a weight prepared at a time: bounds the extra memory
 MAX_SPLITS = 8  # blocks of a portable cluster
-MAX_FLAGS = 1024  # kFlagBytes of common.cuh
+FLAG_BYTES = 4096  # kFlagBytes of common.cuh
 STREAMED = 0  # instead of a number of splits: see cuda/sm90_schedule.cuh
 
 
@@ -341,7 +342,7 @@ def _plan(
         clusters = min(tiles * k_blocks, resident)
         whole_tiles = max(0, tiles // clusters - 1) * clusters
         partials = clusters * tile.m * tile.n
-        assert clusters * tile.share * tile.warpgroups <= MAX_FLAGS
+        assert 4 * clusters * tile.share * tile.warpgroups <= FLAG_BYTES
     elif splits > 1:
         clusters = tiles
     cluster = tile.share if splits <= 1 else splits
@@ -354,6 +355,15 @@ def _plan(
         whole_tiles,
         partials,
     )
+
+
+def check_flags(a8: Tensor) -> None:
+    """Refuse activations without the flags that `quantize_activation` leaves behind them."""
+    if a8.untyped_storage().nbytes() < a8.storage_offset() + a8.numel() + FLAG_BYTES:
+        raise IntScaleError(
+            f"quantized activations {list(a8.shape)} are a copy without the {FLAG_BYTES} bytes of "
+            "flags behind them; pass on what torch.ops.intscale.quantize_activation returned"
+        )
 
 
 def gemm(
@@ -378,7 +388,10 @@ def gemm(
     assert device is not None
     shape = (m, n, k_blocks, group_size_of(blocks), form, dtype_code, _multiprocessors(device))
     plan = _plan(*shape, tile, splits, float_scale)
-    scratch = out.new_empty(plan.partials, dtype=torch.int32) if plan.partials else None
+    scratch = None
+    if plan.partials:
+        check_flags(a8)
+        scratch = out.new_empty(plan.partials, dtype=torch.int32)
     sizes = (m, m_pad, n, k_blocks, plan.whole_tiles)
     jit.launch(
         plan.kernel,
