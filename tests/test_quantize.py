@@ -132,7 +132,7 @@ def test_every_other_file_is_copied(tmp_path: Path) -> None:
     found = {
         str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()
     }
-    assert found == {*kept, "config.json", "model.safetensors"}
+    assert found == {*kept, "config.json", "model.safetensors", "SHA256SUMS"}
     assert all((tmp_path / "out" / name).read_text() == name for name in kept)
 
 

@@ -1,4 +1,4 @@
-"""The command line: `intscale quantize`, `intscale eval` and `intscale bench gemm`."""
+"""The command line: `intscale quantize`, `verify`, `eval` and `bench gemm`."""
 
 from __future__ import annotations
 
@@ -92,6 +92,19 @@ def quantize(
         report = quantize_model(source, out, config, revision, on_progress)
     _print_report(report, time.monotonic() - start)
     print(f"\nServe it:  vllm serve {out}")
+
+
+@app.command("verify")
+def verify_checkpoint(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a quantized model.")],
+) -> None:
+    """Check a quantized model: hashes, shapes, bounds, NaN. Nothing is loaded onto a GPU."""
+    from vllm_intscale.verify import SUMS, verify
+
+    with _status() as show:
+        found = verify(folder, show)
+    hashes = f"{found.files} files agree with {SUMS}" if found.files else f"there is no {SUMS}"
+    print(f"In order    {found.layers} quantized layers, {found.tensors} tensors; {hashes}")
 
 
 @app.command("eval")
@@ -227,6 +240,15 @@ def _progress_display() -> Iterator[Callable[[Progress], None]]:
             )
 
         yield show
+
+
+@contextmanager
+def _status() -> Iterator[Callable[[str], None]]:
+    """What is being read, on a terminal; on stderr."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("") as status:
+        yield status.update
 
 
 class _LineDisplay:

@@ -37,6 +37,7 @@ from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import TENSOR_NAMES, Amplifier, LayerScheme
 from vllm_intscale.quantize.rtn import heuristic_amplifier, quantize_rows, smallest_scale
 from vllm_intscale.quantize.source import OTHER_WEIGHTS, Matrix, Plan
+from vllm_intscale.verify import write_sums
 
 BLOCK_ELEMENTS = 1 << 18  # all that is computed from a block stays in a core's cache
 SHARD_BYTES = 5_000_000_000
@@ -113,6 +114,7 @@ def write_checkpoint(
         model_config = {**plan.model_config, "quantization_config": plan.config.to_dict()}
         (partial / CONFIG).write_text(json.dumps(model_config, indent=2) + "\n")
         validate_checkpoint(partial)
+        write_sums(partial)
         for path in (*partial.rglob("*"), partial):
             _fsync(path)
         partial.rename(out)
