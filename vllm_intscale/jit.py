@@ -158,6 +158,11 @@ def _driver() -> Any:
 
 
 @cache
+def _can_overlap(device: int) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@cache
 def _function(kernel: Kernel, device: int) -> Any:
     return _driver().CUfunction(load(kernel, device).kernel.ptr)
 
@@ -204,7 +209,8 @@ def launch(
     args: tensors (their address is passed), None (a null pointer) and integers, of whatever width
     the kernel declares.
     cluster: blocks of a cluster, along x. overlap: the kernel may start before the one before it
-    has ended, and waits for it where it has to (programmatic dependent launch).
+    has ended, and waits for it where it has to (programmatic dependent launch, which there is from
+    Hopper on; before, it starts after it).
     """
     assert device.index is not None
     if device.index != torch.cuda.current_device():
@@ -212,6 +218,7 @@ def launch(
             return launch(kernel, device, grid, threads, args, shared_bytes, cluster, overlap)
     function = _function(kernel, device.index)
     stream = torch.cuda.current_stream(device).cuda_stream
+    overlap = overlap and _can_overlap(device.index)
     config = _launch_config(grid, threads, shared_bytes, cluster, overlap, stream)
     # One slot of 8 bytes an argument: shorter integers lie in its low bytes.
     values = (ctypes.c_uint64 * len(args))(
