@@ -72,6 +72,12 @@ def quantize(
             "match counts. Example: re:.*down_proj:group_size=64",
         ),
     ] = None,
+    scale_search: Annotated[
+        bool,
+        typer.Option(
+            "--scale-search", help="Group scales with the least squared error; takes longer."
+        ),
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
 ) -> None:
     """Quantize a model: int4 weights, integer group scales, for int8 activations.
@@ -89,7 +95,7 @@ def quantize(
     )
     start = time.monotonic()
     with _progress_display() as on_progress:
-        report = quantize_model(source, out, config, revision, on_progress)
+        report = quantize_model(source, out, config, revision, on_progress, scale_search)
     _print_report(report, time.monotonic() - start)
     print(f"\nServe it:  vllm serve {out}")
 

@@ -19,12 +19,14 @@ def quantize_model(
     config: CheckpointConfig | None = None,
     revision: str | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    search: bool = False,
 ) -> Report:
     """Quantize a model by rounding to nearest and write it to the new folder `out`.
 
     source: folder or hub id of an unquantized model in safetensors. config: schemes, amplifier,
     ignore and overrides wanted (default: the format's); what is written names every exception.
-    revision: of the hub model. on_progress: called after each tensor.
+    revision: of the hub model. on_progress: called after each tensor. search: choose group scales
+    for the least squared error of the weights, instead of the largest weight.
 
     Raises IntScaleError, and leaves nothing behind, if anything is not as it must be.
     """
@@ -33,7 +35,6 @@ def quantize_model(
     origin = {"model": source if folder != Path(source) else folder.resolve().name}
     if folder.parent.name == "snapshots":
         origin["revision"] = folder.name
-    wanted = dataclasses.replace(
-        config or CheckpointConfig(), source={**origin, "method": "round to nearest"}
-    )
-    return write_checkpoint(make_plan(folder, wanted), Path(out), on_progress)
+    method = "round to nearest" + (", scales searched" if search else "")
+    wanted = dataclasses.replace(config or CheckpointConfig(), source={**origin, "method": method})
+    return write_checkpoint(make_plan(folder, wanted), Path(out), on_progress, search)

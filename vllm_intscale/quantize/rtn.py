@@ -5,9 +5,11 @@
     code[n, k]  = clamp(rint(w[n, k] / (S[n, g] c[n])), -8, 7)
 
 Codes are chosen against the integer scale that is stored, not against s: so what S loses in
-rounding, the codes partly win back. Rows do not depend on each other, but for the heuristic
-amplifier, which the caller makes a number first (`heuristic_amplifier`). All is computed in
-float64: weights of bfloat16 often lie halfway between two codes, and float32 would decide by noise.
+rounding, the codes partly win back. With a search, S is that of the scales s * CLIPS which leaves
+the least squared error in the group: clipping few large weights makes the others finer. Rows do not
+depend on each other, but for the heuristic amplifier, which the caller makes a number first
+(`heuristic_amplifier`). All is computed in float64: weights of bfloat16 often lie halfway between
+two codes, and float32 would decide by noise.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import ACCUMULATOR_MAX, INT16_MAX, LayerScheme, accumulator_bound
 from vllm_intscale.packing import pack_codes
 
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 SMALLEST_CHANNEL_SCALE = 2.0**-126  # the smallest normal float32: devices may flush the others
 
 
@@ -36,11 +39,16 @@ class QuantizedRows(NamedTuple):
 
 
 def quantize_rows(
-    where: str, weight: Tensor, scheme: LayerScheme, amplifier: Literal["channel"] | int
+    where: str,
+    weight: Tensor,
+    scheme: LayerScheme,
+    amplifier: Literal["channel"] | int,
+    search: bool = False,
 ) -> QuantizedRows:
     """Quantize rows `[n, K]` of a weight of any float dtype.
 
-    where: file and tensor, for errors. amplifier: "channel", or one number for all rows.
+    where: file and tensor, for errors. amplifier: "channel", or one number for all rows. search:
+    whether to look for the scales with the least squared error.
 
     Raises IntScaleError if a weight is NaN or infinite, or if a fixed amplifier makes a scale
     exceed int16 or lets an accumulator overflow.
@@ -57,6 +65,8 @@ def quantize_rows(
                 f"{where}: amplifier {amplifier} makes an integer group scale {largest:.6g}, above "
                 f"{INT16_MAX}; use --amplifier channel or a smaller number"
             )
+    if search:
+        scale = _least_error(groups, scale, channel, scheme.bits)
     codes, group_scale = _round(groups, scale, channel, scheme.bits)
     bound = accumulator_bound(codes, group_scale)
     while bool((over := bound > ACCUMULATOR_MAX).any()):
@@ -105,6 +115,18 @@ def _float_scales(where: str, groups: Tensor, bits: int) -> Tensor:
             "layer unquantized with --ignore"
         )
     return amax.double() / ((1 << (bits - 1)) - 1)
+
+
+def _least_error(groups: Tensor, scale: Tensor, channel: Tensor, bits: int) -> Tensor:
+    """Of the scales `scale` * CLIPS, in each group the one with the least squared error."""
+    best, least = scale, torch.full_like(scale, torch.inf)
+    for clip in CLIPS:
+        codes, group_scale = _round(groups, scale * clip, channel, bits)
+        step = group_scale.double() * channel.double()[:, None]
+        error = (groups - codes.view_as(groups) * step[..., None]).square_().sum(-1)
+        best = torch.where(error < least, scale * clip, best)
+        least = torch.minimum(error, least)
+    return best
 
 
 def _round(groups: Tensor, scale: Tensor, channel: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -89,11 +89,15 @@ class TensorSpec(NamedTuple):
 
 
 def write_checkpoint(
-    plan: Plan, out: Path, on_progress: Callable[[Progress], None] = lambda _: None
+    plan: Plan,
+    out: Path,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    search: bool = False,
 ) -> Report:
     """Quantize and write the whole checkpoint to the new folder `out`, or nothing at all.
 
-    Everything goes to `out` + ".partial" first, which is removed on any exception.
+    Everything goes to `out` + ".partial" first, which is removed on any exception. search: see
+    `rtn.quantize_rows`.
 
     Raises IntScaleError if a folder is in the way, the disk too small, a weight NaN or infinite,
     or the chosen amplifier too large.
@@ -109,7 +113,7 @@ def write_checkpoint(
     partial.mkdir()
     try:
         with ShardWriter(partial, specs) as writer:
-            report = _quantize_all(plan, writer, on_progress)
+            report = _quantize_all(plan, writer, on_progress, search)
         _copy_other_files(plan.folder, partial)
         model_config = {**plan.model_config, "quantization_config": plan.config.to_dict()}
         (partial / CONFIG).write_text(json.dumps(model_config, indent=2) + "\n")
@@ -140,7 +144,7 @@ def check_output(out: Path, source: Path | None = None) -> Path:
 
 
 def _quantize_all(
-    plan: Plan, writer: ShardWriter, on_progress: Callable[[Progress], None]
+    plan: Plan, writer: ShardWriter, on_progress: Callable[[Progress], None], search: bool
 ) -> Report:
     report = Report(written_bytes=writer.total_bytes)
     total_bytes = sum(_source_bytes(m) for m in plan.matrices)
@@ -154,7 +158,8 @@ def _quantize_all(
                         for row, block in _blocks(file, m):
                             writer.write(m.name, row, block)
                     else:
-                        _quantize(file, m, m.scheme, plan.config.amplifier, workers, writer, report)
+                        amplifier = plan.config.amplifier
+                        _quantize(file, m, m.scheme, amplifier, search, workers, writer, report)
                     tensors += 1
                     report.source_bytes += _source_bytes(m)
                     on_progress(
@@ -178,6 +183,7 @@ def _quantize(
     m: Matrix,
     scheme: LayerScheme,
     amplifier: Amplifier,
+    search: bool,
     workers: ThreadPoolExecutor,
     writer: ShardWriter,
     report: Report,
@@ -191,7 +197,7 @@ def _quantize(
 
     def quantize_block(block: tuple[int, Tensor]) -> tuple[int, int]:
         row, weight = block
-        rows = quantize_rows(where, weight, scheme, amplifier)
+        rows = quantize_rows(where, weight, scheme, amplifier, search)
         for name in TENSOR_NAMES:  # written here: results that wait would fill the memory
             writer.write(f"{m.layer}.{name}", row, getattr(rows, name))
         return rows.lost_groups, rows.bound
