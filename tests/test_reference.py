@@ -284,6 +284,13 @@ def test_choice_of_tile_covers_every_shape() -> None:
         assert tile in sm90_gemm.tiles(form) and 0 <= splits <= -(-k // 128)
         assert tile.shared_bytes(group_size, form, max(1, splits)) <= sm90_gemm.SHARED_BYTES
         assert tile.stages_of(group_size, form) >= 2
+        shape = m, n, -(-k // 128), group_size, form, 0, multiprocessors
+        plan = sm90_gemm._plan(*shape, None, None, float_scale=False)
+        clusters, rest = divmod(plan.grid[0], plan.cluster)
+        tiles = -(-n // tile.n) * -(-m // tile.m)
+        assert clusters and not rest and 0 <= plan.whole_tiles <= tiles
+        assert (plan.whole_tiles < tiles) == (splits == sm90_gemm.STREAMED) == (plan.partials > 0)
+        assert tile.warpgroups * plan.grid[0] * 4 <= sm90_gemm.FLAG_BYTES or not plan.partials
 
 
 def test_activations_without_flags_are_refused() -> None:
