@@ -137,6 +137,21 @@ __device__ __forceinline__ bool elect_one() {
   return elected;
 }
 
+// 8x8 matrices of 16-bit items, two in a register, stored transposed: lane 8 i + r holds the
+// address of row r of matrix i.
+__device__ __forceinline__ void store_matrix(uint32_t shared, uint32_t a, uint32_t b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared),
+               "r"(a), "r"(b)
+               : "memory");
+}
+__device__ __forceinline__ void store_matrix(uint32_t shared, uint32_t a, uint32_t b, uint32_t c,
+                                             uint32_t d) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+      "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
+}
+
 template <int count>
 __device__ __forceinline__ void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));

@@ -24,66 +24,97 @@ __device__ __forceinline__ float scale_output(Accumulator acc, float channel_sca
   return add_rn(mul_rn(mul_rn(float(acc), channel_scale), token_scale), bias);
 }
 
-#if DTYPE == INT32
-__device__ __forceinline__ Out to_out(Accumulator y) { return Out(y); }
-#else
-__device__ __forceinline__ Out to_out(float y) { return from_float<DTYPE>(y); }
-#endif
+// The token scales of a thread's columns, tokens 8 j + 2 q + 0..1, lie together for j = 2 i, 2 i +
+// 1: [16 tokens][q][j % 2][2].
+__device__ __forceinline__ int place_of_scale(int token) {
+  return token / 16 * 16 + token % 8 / 2 * 4 + token / 8 % 2 * 2 + token % 2;
+}
 
-// Writes 16 channels of a warp for `blocks` blocks of 8 tokens, from the tile's block `first` on.
+// Rows of the output are written 16 bytes at a time.
+__device__ __forceinline__ int row_of_outputs(const Problem& p) { return (p.n + 7) / 8 * 8; }
+
+// Writes the 64 channels of a warpgroup for `blocks` blocks of 8 tokens, from block `first` of the
+// tile on.
+#if DTYPE == INT32
+template <int blocks>
+__device__ __forceinline__ void write_out(const Problem& p, const Shared&, const Tile& t,
+                                          const Accumulator* acc, const ChannelScales&, int first,
+                                          int = 0) {
+  const int lane = threadIdx.x % 32, channel = t.n0 + threadIdx.x / 32 * 16 + lane / 4;
+#pragma unroll
+  for (int i = 0; i < 4 * blocks; ++i) {
+    const int token = t.m0 + (first + i / 4) * 8 + lane % 4 * 2 + i % 2,
+              n = channel + i / 2 % 2 * 8;
+    if (token < p.m && n < p.n) p.out[int64_t(token) * row_of_outputs(p) + n] = Out(acc[i]);
+  }
+}
+#else
+// Two channels of two tokens: a word of the tokens' outputs for each channel.
+__device__ __forceinline__ uint2 scale_outputs(const Accumulator* acc, const ChannelScales& c,
+                                               uint32_t token_scale0, uint32_t token_scale1) {
+  const float scale0 = __uint_as_float(token_scale0), scale1 = __uint_as_float(token_scale1);
+  return {from_floats<DTYPE>(scale_output(acc[0], c.scale[0], scale0, c.bias[0]),
+                             scale_output(acc[1], c.scale[0], scale1, c.bias[0])),
+          from_floats<DTYPE>(scale_output(acc[2], c.scale[1], scale0, c.bias[1]),
+                             scale_output(acc[3], c.scale[1], scale1, c.bias[1]))};
+}
+
+template <int blocks>
+__device__ __forceinline__ uint4 load_scales(uint32_t address) {
+  if (blocks == 2) return load_shared(address);
+  const uint2 v = load_shared_pair(address);
+  return {v.x, v.y, v.x, v.y};
+}
+
+template <int blocks>
+__device__ __forceinline__ void store_matrices(uint32_t address, uint2 v, uint2 w) {
+  if (blocks == 2) {
+    store_matrix(address, v.x, v.y, w.x, w.y);
+  } else {
+    store_matrix(address, v.x, v.y);
+  }
+}
+
+// A warpgroup's outputs go through shared memory to become whole lines, kChunk tokens at a time and
+// into one of two buffers in turn: [token][8 times 8 channels], which are swizzled to spread them
+// over the banks. Between two calls there is a barrier of the warpgroup, or `buffer` changes.
 template <int blocks>
 __device__ __forceinline__ void write_out(const Problem& p, const Shared& s, const Tile& t,
                                           const Accumulator* acc, const ChannelScales& c, int first,
-                                          int warp) {
-  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const int channel = t.n0 + warp * 16, token0 = t.m0 + first * 8;
-  const uint32_t staging = s.staging + warp * kChunk * 32;
-  const uint32_t scales = s.scales + (warp / 4 * TILE_M + first * 8 + 2 * q) * 4;
-  const bool vectors = DTYPE != INT32 && p.n % 8 == 0;
-  if (token0 >= p.m) return;
+                                          int buffer = 0) {
+  constexpr int kBlocks = blocks < 2 ? 1 : 2;  // of 8 tokens, at a time
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, warpgroup = threadIdx.x / 128;
+  uint32_t staging = s.staging + (warpgroup * 2 + buffer) * kChunk * 128;
+  const uint32_t scales =
+      s.scales + (warpgroup * kScaleTokens + first / 2 * 16 + lane % 4 * 4 + first % 2 * 2) * 4;
+  const int store_row = lane / 16 * 8 + lane % 8, store_column = warp * 2 + lane / 8 % 2;
+  const uint32_t store_at = store_row * 128 + (store_column ^ store_row % 8) * 16;
+  const int row = warp * kBlocks * 2 + lane / 8, column = lane % 8;
+  const uint32_t load_at = row * 128 + (column ^ row % 8) * 16;
+  const int token = t.m0 + first * 8 + row, channel = t.n0 + warpgroup * 64 + column * 8;
+  const int rows = channel < p.n && lane / 8 < kBlocks * 2 ? p.m - token : 0;  // from this one on
+  const int64_t stride = int64_t(kBlocks) * 8 * row_of_outputs(p);
+  Out* out = p.out + int64_t(token) * row_of_outputs(p) + channel;
+
+  // What is loaded is used a step later.
+  uint4 scale = load_scales<kBlocks>(scales), outputs;
 #pragma unroll
-  for (int j = 0; j < blocks; ++j) {
-    float token_scale[2];
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                 : "=f"(token_scale[0]), "=f"(token_scale[1])
-                 : "r"(scales + j * 32)
-                 : "memory");
-#if DTYPE == INT32
-    const Accumulator* y = acc + 4 * j;
-#else
-    float y[4];  // [channel][token]
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      y[i] = scale_output(acc[4 * j + i], c.scale[i / 2], token_scale[i % 2], c.bias[i / 2]);
+  for (int j = 0; j < blocks; j += kBlocks) {
+    const uint2 v = scale_outputs(acc + 4 * j, c, scale.x, scale.y),
+                w = kBlocks == 1 ? v : scale_outputs(acc + 4 * j + 4, c, scale.z, scale.w);
+    if (j > 0) {
+      if ((j - kBlocks) * 8 < rows) *reinterpret_cast<uint4*>(out) = outputs;
+      out += stride;
     }
-    if (vectors) {  // to [token][two halves of 8 channels], halves swapped every four tokens
-      const int row = j * 8 + lane % 8, half = (lane / 8 % 2) ^ (row / 4 % 2);
-      asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(
-                       staging + row * 32 + half * 16),
-                   "r"(from_floats<DTYPE>(y[0], y[1])), "r"(from_floats<DTYPE>(y[2], y[3]))
-                   : "memory");
-      continue;
-    }
-#endif
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int token = token0 + j * 8 + 2 * q + i % 2, n = channel + g + i / 2 * 8;
-      if (token < p.m && n < p.n) p.out[int64_t(token) * p.n + n] = to_out(y[i]);
-    }
+    store_matrices<kBlocks>(staging + store_at, v, w);
+    if (j + kBlocks < blocks) scale = load_scales<kBlocks>(scales + (j + kBlocks) / 2 * 64);
+    named_barrier(1 + warpgroup, 128);
+    outputs = load_shared(staging + load_at);
+    staging += (j / kBlocks + buffer) % 2 == 0 ? kChunk * 128 : -kChunk * 128;
   }
-  if (!vectors) return;
-  __syncwarp();  // the staging holds the chunk
-#pragma unroll
-  for (int i = 0; i < (blocks * 16 + 31) / 32; ++i) {
-    const int row = i * 16 + lane / 2, half = lane % 2;
-    const int token = token0 + row, n = channel + half * 8;
-    if (row < blocks * 8 && token < p.m && n < p.n) {
-      *reinterpret_cast<uint4*>(p.out + int64_t(token) * p.n + n) =
-          load_shared(staging + row * 32 + (half ^ (row / 4 % 2)) * 16);
-    }
-  }
-  __syncwarp();  // the staging is free
+  if ((blocks - kBlocks) * 8 < rows) *reinterpret_cast<uint4*>(out) = outputs;
 }
+#endif
 
 // Adds the accumulators of the cluster's blocks. Block `rank` gets and writes every size-th block
 // of 8 tokens.
@@ -95,22 +126,26 @@ __device__ __forceinline__ void reduce_and_write(const Problem& p, const Shared&
     cluster_arrive_release();
     cluster_wait();
   }
+  const uint32_t own = s.partials + threadIdx.x * 16, from_step = slots * kMultipliers * 16;
+  uint32_t at = own + rank * from_step, to = 0;
 #pragma unroll
   for (int j = 0; j < kTokenBlocks; ++j) {
     const int v[4] = {int(acc[4 * j]), int(acc[4 * j + 1]), int(acc[4 * j + 2]),
                       int(acc[4 * j + 3])};
-    const int slot = (rank * slots + j / size) * kMultipliers + threadIdx.x;
-    store_remote(s.partials + slot * 16, s.reduced, j % size, v);
+    store_remote(at, s.reduced, to, v);
+    if (++to == size) to = 0, at += kMultipliers * 16;
   }
   barrier_wait(s.reduced, 0);
-  for (int j = rank; j < kTokenBlocks; j += size) {
+  at = own;
+  int buffer = 0;
+  for (int j = rank; j < kTokenBlocks; j += size, buffer ^= 1) {
     Accumulator sum[4] = {};
     for (int from = 0; from < size; ++from) {
-      const int slot = (from * slots + j / size) * kMultipliers + threadIdx.x;
-      const uint4 v = load_shared(s.partials + slot * 16);
+      const uint4 v = load_shared(at + from * from_step);
       sum[0] += int(v.x), sum[1] += int(v.y), sum[2] += int(v.z), sum[3] += int(v.w);
     }
-    write_out<1>(p, s, t, sum, c, j, threadIdx.x / 32);
+    write_out<1>(p, s, t, sum, c, j, buffer);
+    at += kMultipliers * 16;
   }
 }
 

@@ -10,7 +10,7 @@
 //   weight        blocks of 64 channels x 128 k, [ceil(n / 128)][ceil(k / 128)][2][block], as below
 //   unit          float32 [n rounded up to 128], 127 / m of fold.cuh (FOLD=0: not read)
 //   channel_scale float32 [n];  bias DTYPE [n] or nullptr
-//   out           DTYPE [m, n]; with -DDTYPE=INT32 the accumulators
+//   out           DTYPE [m, n rounded up to 8]; with -DDTYPE=INT32 the accumulators
 //   partials      int32 [blocks of the grid][tile], scratch; read if whole_tiles < tiles
 //   grid          clusters of 1 to 8 blocks of 128 * (WARPGROUPS + 1) threads. A tile is TILE_M
 //                 tokens x 64 * WARPGROUPS channels; who computes which: sm90_schedule.cuh. With
@@ -53,9 +53,10 @@ constexpr int kStageBytes = kTokenBytes + (kWeightBytes + kTableBytes + 1023) / 
 constexpr int kFull = 0, kReady = 8, kEmpty = 16;  // barriers of a stage, see Ring
 constexpr int kTokenBlocks = TILE_M / 8;           // a thread holds 2 channels x 2 tokens of each
 constexpr int kAccumulators = TILE_M / 2;
-constexpr int kChunk = TILE_M < 32 ? TILE_M : 32;  // tokens that a warp transposes at a time
-constexpr int kStagingBytes = WARPGROUPS * 4 * kChunk * 32;
-constexpr int kScaleBytes = WARPGROUPS * TILE_M * 4;  // token scales, a copy for each warpgroup
+constexpr int kChunk = TILE_M < 16 ? TILE_M : 16;  // tokens that are written at a time
+constexpr int kStagingBytes = WARPGROUPS * 2 * kChunk * 128;
+constexpr int kScaleTokens = TILE_M < 16 ? 16 : TILE_M;
+constexpr int kScaleBytes = WARPGROUPS * kScaleTokens * 4;  // a copy for each warpgroup
 // Where the partial sums of a cluster meet. Large tiles have no room for them beside the ring.
 constexpr bool kPartialsInRing = TILE_M >= 128;
 // Registers of a thread: at launch, of the last warpgroup, of the others.
@@ -114,6 +115,11 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
                : "memory");
   return v;
 }
+__device__ __forceinline__ uint2 load_shared_pair(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
 __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
@@ -126,7 +132,7 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
 #include "sm90_output.cuh"
 
 __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& s, Schedule todo) {
-  const int warp = threadIdx.x / 32, warpgroup = warp / 4, thread = threadIdx.x % 128;
+  const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
   wait_for_previous_kernel();  // it may have written the token scales
   Ring ring;
   for (Piece piece; todo.take(piece);) {
@@ -136,8 +142,8 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
     wait_copies<0>();                   // of a piece that did not need them
     named_barrier(1 + warpgroup, 128);  // the token scales of the tile before have been read
     for (int token = thread; token < TILE_M; token += 128) {
-      copy4(s.scales + (warpgroup * TILE_M + token) * 4, p.token_scale + t.m0 + token,
-            t.m0 + token < p.m);
+      copy4(s.scales + (warpgroup * kScaleTokens + place_of_scale(token)) * 4,
+            p.token_scale + t.m0 + token, t.m0 + token < p.m);
     }
     commit_copies();
     Accumulator acc[kAccumulators];
@@ -156,11 +162,7 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
     if (size > 1) {
       reduce_and_write(p, s, t, acc, c, split_rank(), size);
     } else {
-      constexpr int kChunkBlocks = kChunk / 8;
-#pragma unroll
-      for (int j = 0; j < kTokenBlocks; j += kChunkBlocks) {
-        write_out<kChunkBlocks>(p, s, t, acc + 4 * j, c, j, warp);
-      }
+      write_out<kTokenBlocks>(p, s, t, acc, c, 0);
     }
   }
 }

@@ -58,7 +58,7 @@ class Tile(NamedTuple):
         groups = BLOCK_K // group_size
         tables = self.warpgroups * groups * 64 * 16 if form == "fold" else 0
         weights = self.warpgroups * (4096 + groups * 128) + tables
-        fixed = self.warpgroups * (4 * min(self.m, 32) * 32 + self.m * 4) + 48
+        fixed = self.warpgroups * (2 * min(self.m, 16) * 128 + max(self.m, 16) * 4) + 48
         return self.m * BLOCK_K + -(-weights // 1024) * 1024, fixed
 
     def stages_of(self, group_size: int, form: str) -> int:
@@ -393,13 +393,16 @@ def gemm(
         check_flags(a8)
         scratch = out.new_empty(plan.partials, dtype=torch.int32)
     sizes = (m, m_pad, n, k_blocks, plan.whole_tiles)
+    rows = out if n % 8 == 0 else out.new_empty(m, -(-n // 8) * 8)  # written 8 channels at a time
     jit.launch(
         plan.kernel,
         a8.device,
         plan.grid,
         plan.threads,
-        (a8, token_scale, blocks, unit, channel_scale, bias, out, scratch, *sizes),
+        (a8, token_scale, blocks, unit, channel_scale, bias, rows, scratch, *sizes),
         shared_bytes=plan.shared_bytes,
         cluster=plan.cluster,
         overlap=True,
     )
+    if rows is not out:
+        out.copy_(rows[:, :n])
