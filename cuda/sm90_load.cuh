@@ -32,8 +32,12 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule
   Ring ring;
   int early = 0;  // stages that have their weights and wait for tokens
   bool waited = false;
-  for (Piece piece; todo.take(piece);) {
-    const Tile t = tile_at(p, piece.tile);
+  Piece piece;
+  for (int number = 0;; ++number) {
+    if (!todo.take(piece)) piece.k_count = 0;
+    announce(s, number, piece);
+    if (piece.k_count == 0) break;
+    const Tile t = piece.tile;
     const int token_bytes = min(TILE_M, p.m_pad - t.m0) * kStageK;
     const uint8_t* weights[kCopies];
     int copies = 0;  // the last tile may end before its last block
@@ -79,11 +83,12 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule
 // ---- table warps -------------------------------------------------------------------------------
 
 // Warp `turn` of them builds the tables of every third stage, two channels a lane and block.
-__device__ __forceinline__ void build_tables(const Problem& p, const Shared& s, Schedule todo,
-                                             int turn, int lane) {
+__device__ __forceinline__ void build_tables(const Problem& p, const Shared& s, int turn,
+                                             int lane) {
   Ring ring;
-  for (Piece piece; todo.take(piece);) {
-    const Tile t = tile_at(p, piece.tile);
+  Piece piece;
+  for (int number = 0; receive(s, number, piece); ++number) {
+    const Tile t = piece.tile;
     float unit[WARPGROUPS][2];
 #pragma unroll
     for (int i = 0; i < WARPGROUPS * 2; ++i) {

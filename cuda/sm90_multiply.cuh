@@ -112,7 +112,9 @@ __device__ __forceinline__ void multiply_stage(Accumulator (&acc)[kAccumulators]
 #endif
     }
     wgmma_commit();
-    wgmma_wait<1>();  // the batch before has read its operands and, at step 0, its stage
+    // The batch before has read its operands and, at step 0, its stage. In the last stage of the
+    // accumulate form ptxas may move partial sums to other registers, which must not be in flight.
+    wgmma_wait<FOLD || more ? 1 : 0>();
     if (step == 0 && !first) release(previous);
     if (step + BATCH < kSteps) {
       unpack(v, from, now, step + BATCH);

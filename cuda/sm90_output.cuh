@@ -33,119 +33,169 @@ __device__ __forceinline__ int place_of_scale(int token) {
 // Rows of the output are written 16 bytes at a time.
 __device__ __forceinline__ int row_of_outputs(const Problem& p) { return (p.n + 7) / 8 * 8; }
 
-// Writes the 64 channels of a warpgroup for `blocks` blocks of 8 tokens, from block `first` of the
-// tile on.
+// What is written at a time: a unit of two blocks of 8 tokens, or of one where there is no more.
+constexpr int kUnitBlocks = kTokenBlocks < 2 ? 1 : 2;
+constexpr int kUnits = kTokenBlocks / kUnitBlocks;
+
 #if DTYPE == INT32
-template <int blocks>
-__device__ __forceinline__ void write_out(const Problem& p, const Shared&, const Tile& t,
-                                          const Accumulator* acc, const ChannelScales&, int first,
-                                          int = 0) {
-  const int lane = threadIdx.x % 32, channel = t.n0 + threadIdx.x / 32 * 16 + lane / 4;
+struct Writer {
+  const Problem& p;
+  const Tile& t;
+
+  __device__ __forceinline__ Writer(const Problem& p, const Shared&, const Tile& t,
+                                    const ChannelScales&)
+      : p(p), t(t) {}
+
+  __device__ __forceinline__ void write(int unit, const Accumulator* acc, int) const {
+    const int lane = threadIdx.x % 32, channel = t.n0 + threadIdx.x / 32 * 16 + lane / 4;
 #pragma unroll
-  for (int i = 0; i < 4 * blocks; ++i) {
-    const int token = t.m0 + (first + i / 4) * 8 + lane % 4 * 2 + i % 2,
-              n = channel + i / 2 % 2 * 8;
-    if (token < p.m && n < p.n) p.out[int64_t(token) * row_of_outputs(p) + n] = Out(acc[i]);
-  }
-}
-#else
-// Two channels of two tokens: a word of the tokens' outputs for each channel.
-__device__ __forceinline__ uint2 scale_outputs(const Accumulator* acc, const ChannelScales& c,
-                                               uint32_t token_scale0, uint32_t token_scale1) {
-  const float scale0 = __uint_as_float(token_scale0), scale1 = __uint_as_float(token_scale1);
-  return {from_floats<DTYPE>(scale_output(acc[0], c.scale[0], scale0, c.bias[0]),
-                             scale_output(acc[1], c.scale[0], scale1, c.bias[0])),
-          from_floats<DTYPE>(scale_output(acc[2], c.scale[1], scale0, c.bias[1]),
-                             scale_output(acc[3], c.scale[1], scale1, c.bias[1]))};
-}
-
-template <int blocks>
-__device__ __forceinline__ uint4 load_scales(uint32_t address) {
-  if (blocks == 2) return load_shared(address);
-  const uint2 v = load_shared_pair(address);
-  return {v.x, v.y, v.x, v.y};
-}
-
-template <int blocks>
-__device__ __forceinline__ void store_matrices(uint32_t address, uint2 v, uint2 w) {
-  if (blocks == 2) {
-    store_matrix(address, v.x, v.y, w.x, w.y);
-  } else {
-    store_matrix(address, v.x, v.y);
-  }
-}
-
-// A warpgroup's outputs go through shared memory to become whole lines, kChunk tokens at a time and
-// into one of two buffers in turn: [token][8 times 8 channels], which are swizzled to spread them
-// over the banks. Between two calls there is a barrier of the warpgroup, or `buffer` changes.
-template <int blocks>
-__device__ __forceinline__ void write_out(const Problem& p, const Shared& s, const Tile& t,
-                                          const Accumulator* acc, const ChannelScales& c, int first,
-                                          int buffer = 0) {
-  constexpr int kBlocks = blocks < 2 ? 1 : 2;  // of 8 tokens, at a time
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, warpgroup = threadIdx.x / 128;
-  uint32_t staging = s.staging + (warpgroup * 2 + buffer) * kChunk * 128;
-  const uint32_t scales =
-      s.scales + (warpgroup * kScaleTokens + first / 2 * 16 + lane % 4 * 4 + first % 2 * 2) * 4;
-  const int store_row = lane / 16 * 8 + lane % 8, store_column = warp * 2 + lane / 8 % 2;
-  const uint32_t store_at = store_row * 128 + (store_column ^ store_row % 8) * 16;
-  const int row = warp * kBlocks * 2 + lane / 8, column = lane % 8;
-  const uint32_t load_at = row * 128 + (column ^ row % 8) * 16;
-  const int token = t.m0 + first * 8 + row, channel = t.n0 + warpgroup * 64 + column * 8;
-  const int rows = channel < p.n && lane / 8 < kBlocks * 2 ? p.m - token : 0;  // from this one on
-  const int64_t stride = int64_t(kBlocks) * 8 * row_of_outputs(p);
-  Out* out = p.out + int64_t(token) * row_of_outputs(p) + channel;
-
-  // What is loaded is used a step later.
-  uint4 scale = load_scales<kBlocks>(scales), outputs;
-#pragma unroll
-  for (int j = 0; j < blocks; j += kBlocks) {
-    const uint2 v = scale_outputs(acc + 4 * j, c, scale.x, scale.y),
-                w = kBlocks == 1 ? v : scale_outputs(acc + 4 * j + 4, c, scale.z, scale.w);
-    if (j > 0) {
-      if ((j - kBlocks) * 8 < rows) *reinterpret_cast<uint4*>(out) = outputs;
-      out += stride;
+    for (int i = 0; i < 4 * kUnitBlocks; ++i) {
+      const int token = t.m0 + (unit * kUnitBlocks + i / 4) * 8 + lane % 4 * 2 + i % 2;
+      const int n = channel + i / 2 % 2 * 8;
+      if (token < p.m && n < p.n) p.out[int64_t(token) * row_of_outputs(p) + n] = Out(acc[i]);
     }
-    store_matrices<kBlocks>(staging + store_at, v, w);
-    if (j + kBlocks < blocks) scale = load_scales<kBlocks>(scales + (j + kBlocks) / 2 * 64);
-    named_barrier(1 + warpgroup, 128);
-    outputs = load_shared(staging + load_at);
-    staging += (j / kBlocks + buffer) % 2 == 0 ? kChunk * 128 : -kChunk * 128;
   }
-  if ((blocks - kBlocks) * 8 < rows) *reinterpret_cast<uint4*>(out) = outputs;
-}
+  __device__ __forceinline__ void write_all(const Accumulator* acc) const {
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit) write(unit, acc + unit * kUnitBlocks * 4, 0);
+  }
+};
+#else
+// Writes the outputs of a warpgroup. They go through shared memory to become whole lines, a unit at
+// a time, into one of two buffers in turn: [token][8 times 8 channels], these swizzled to spread
+// them over the banks. Before a buffer is filled again there is one more barrier of the warpgroup.
+class Writer {
+ public:
+  __device__ __forceinline__ Writer(const Problem& p, const Shared& s, const Tile& t,
+                                    const ChannelScales& c)
+      : c_(c), barrier_(1 + threadIdx.x / 128) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, warpgroup = threadIdx.x / 128;
+    const uint32_t staging = s.staging + warpgroup * 2 * kBufferBytes;
+    scales_ = s.scales + (warpgroup * kScaleTokens + lane % 4 * 4) * 4;
+    // Lane 8 i + r stores row r of matrix i, which is block i / 2, channels 8 (i % 2) of the warp.
+    const int stored_row = lane / 16 * 8 + lane % 8, stored_column = warp * 2 + lane / 8 % 2;
+    store_at_ = staging + stored_row * 128 + (stored_column ^ stored_row % 8) * 16;
+    const int row = warp * kUnitBlocks * 2 + lane / 8, column = lane % 8;
+    load_at_ = staging + row * 128 + (column ^ row % 8) * 16;
+    const int token = t.m0 + row, channel = t.n0 + warpgroup * 64 + column * 8;
+    rows_ = channel < p.n && lane / 8 < kUnitBlocks * 2 ? p.m - token : 0;
+    unit_step_ = kUnitBlocks * 8 * row_of_outputs(p);
+    out_ = p.out + int64_t(token) * row_of_outputs(p) + channel;
+  }
+
+  __device__ __forceinline__ void write(int unit, const Accumulator* acc, int buffer) const {
+    stage(scale_outputs(acc, token_scales(unit)), buffer);
+    named_barrier(barrier_, 128);
+    store(unit, staged(buffer));
+  }
+  // The same for all units. What is loaded is used a step later, or two.
+  __device__ __forceinline__ void write_all(const Accumulator* acc) const {
+    uint4 scales[2] = {token_scales(0)}, outputs;
+    if (kUnits > 1) scales[1] = token_scales(1);
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit) {
+      const Words words = scale_outputs(acc + unit * kUnitBlocks * 4, scales[unit % 2]);
+      if (unit > 0) store(unit - 1, outputs);
+      stage(words, unit % 2);
+      if (unit + 2 < kUnits) scales[unit % 2] = token_scales(unit + 2);
+      named_barrier(barrier_, 128);
+      outputs = staged(unit % 2);
+    }
+    store(kUnits - 1, outputs);
+  }
+
+ private:
+  static constexpr int kBufferBytes = kUnitBlocks * 8 * 128;
+  struct Words {  // of outputs, two tokens each: [block][channel]
+    uint32_t word[kUnitBlocks][2];
+  };
+
+  __device__ __forceinline__ uint4 token_scales(int unit) const {  // of the unit's four columns
+    if (kUnitBlocks == 2) return load_shared(scales_ + unit * 64);
+    const uint2 v = load_shared_pair(scales_);
+    return {v.x, v.y, 0, 0};
+  }
+  __device__ __forceinline__ Words scale_outputs(const Accumulator* acc, uint4 scales) const {
+    const uint32_t bits[4] = {scales.x, scales.y, scales.z, scales.w};
+    Words words;
+#pragma unroll
+    for (int i = 0; i < kUnitBlocks * 2; ++i) {  // block, channel
+      const float scale0 = __uint_as_float(bits[i / 2 * 2]);
+      const float scale1 = __uint_as_float(bits[i / 2 * 2 + 1]);
+      words.word[i / 2][i % 2] =
+          from_floats<DTYPE>(scale_output(acc[2 * i], c_.scale[i % 2], scale0, c_.bias[i % 2]),
+                             scale_output(acc[2 * i + 1], c_.scale[i % 2], scale1, c_.bias[i % 2]));
+    }
+    return words;
+  }
+  __device__ __forceinline__ void stage(const Words& v, int buffer) const {
+    const uint32_t at = store_at_ + buffer * kBufferBytes;
+    if constexpr (kUnitBlocks == 2) {
+      store_matrix(at, v.word[0][0], v.word[0][1], v.word[1][0], v.word[1][1]);
+    } else {
+      store_matrix(at, v.word[0][0], v.word[0][1]);
+    }
+  }
+  __device__ __forceinline__ uint4 staged(int buffer) const {
+    return load_shared(load_at_ + buffer * kBufferBytes);
+  }
+  __device__ __forceinline__ void store(int unit, uint4 outputs) const {
+    store_global(out_ + int64_t(unit) * unit_step_, outputs, unit * kUnitBlocks * 8 < rows_);
+  }
+
+  const ChannelScales& c_;
+  const int barrier_;
+  uint32_t scales_, store_at_, load_at_;
+  int rows_, unit_step_;  // rows from this thread's first on; numbers from unit to unit
+  Out* out_;
+};
 #endif
 
-// Adds the accumulators of the cluster's blocks. Block `rank` gets and writes every size-th block
-// of 8 tokens.
+// Adds the accumulators of the cluster's blocks. Block `rank` gets and writes every size-th unit.
 __device__ __forceinline__ void reduce_and_write(const Problem& p, const Shared& s, const Tile& t,
-                                                 const Accumulator (&acc)[kAccumulators],
+                                                 Accumulator (&acc)[kAccumulators],
                                                  const ChannelScales& c, int rank, int size) {
-  const int slots = (kTokenBlocks + size - 1) / size;  // [from][slot][thread][16 bytes]
+  constexpr int kBlockBytes = kMultipliers * 16, kUnitBytes = kUnitBlocks * kBlockBytes;
   if (kPartialsInRing) {  // every block has read its stages for the last time
     cluster_arrive_release();
     cluster_wait();
   }
-  const uint32_t own = s.partials + threadIdx.x * 16, from_step = slots * kMultipliers * 16;
-  uint32_t at = own + rank * from_step, to = 0;
+  // In shared memory, what others send: [sender, without the receiver][unit][block][thread].
+  const uint32_t sent = s.partials + threadIdx.x * 16;
+  const int from_step = (kUnits + size - 1) / size * kUnitBytes;
+  int owner = 0, at = 0;
 #pragma unroll
-  for (int j = 0; j < kTokenBlocks; ++j) {
-    const int v[4] = {int(acc[4 * j]), int(acc[4 * j + 1]), int(acc[4 * j + 2]),
-                      int(acc[4 * j + 3])};
-    store_remote(at, s.reduced, to, v);
-    if (++to == size) to = 0, at += kMultipliers * 16;
+  for (int unit = 0; unit < kUnits; ++unit) {
+    if (owner != rank) {
+      const uint32_t to = sent + (rank - (rank > owner)) * from_step + at;
+#pragma unroll
+      for (int i = 0; i < kUnitBlocks; ++i) {
+        const Accumulator* x = acc + (unit * kUnitBlocks + i) * 4;
+        const int v[4] = {int(x[0]), int(x[1]), int(x[2]), int(x[3])};
+        store_remote(to + i * kBlockBytes, s.reduced, owner, v);
+      }
+    }
+    if (++owner == size) owner = 0, at += kUnitBytes;
   }
   barrier_wait(s.reduced, 0);
-  at = own;
-  int buffer = 0;
-  for (int j = rank; j < kTokenBlocks; j += size, buffer ^= 1) {
-    Accumulator sum[4] = {};
-    for (int from = 0; from < size; ++from) {
-      const uint4 v = load_shared(at + from * from_step);
-      sum[0] += int(v.x), sum[1] += int(v.y), sum[2] += int(v.z), sum[3] += int(v.w);
+  const Writer writer(p, s, t, c);
+  owner = 0, at = 0;
+#pragma unroll
+  for (int unit = 0; unit < kUnits; ++unit) {
+    if (owner == rank) {
+      Accumulator* sum = acc + unit * kUnitBlocks * 4;
+#pragma unroll 1
+      for (int from = 0; from < size - 1; ++from) {
+#pragma unroll
+        for (int i = 0; i < kUnitBlocks; ++i) {
+          const uint4 v = load_shared(sent + from * from_step + at + i * kBlockBytes);
+          sum[4 * i] += int(v.x), sum[4 * i + 1] += int(v.y);
+          sum[4 * i + 2] += int(v.z), sum[4 * i + 3] += int(v.w);
+        }
+      }
+      writer.write(unit, sum, at / kUnitBytes % 2);
     }
-    write_out<1>(p, s, t, sum, c, j, buffer);
-    at += kMultipliers * 16;
+    if (++owner == size) owner = 0, at += kUnitBytes;
   }
 }
 

@@ -23,12 +23,19 @@ __device__ __forceinline__ int tiles_along_n(const Problem& p) {
   return (p.n + kClusterN - 1) / kClusterN;
 }
 __device__ __forceinline__ int tiles_along_m(const Problem& p) {
-  return opaque((p.m_pad + TILE_M - 1) / TILE_M);
+  return (p.m_pad + TILE_M - 1) / TILE_M;
 }
 
 struct Tile {
   int n0, m0;  // first channel (of this block), first token
 };
+struct Piece {  // what a block computes of a tile
+  Tile tile;
+  int k_begin, k_count;  // in blocks of 128
+  int followers;         // blocks whose sums are to be added; kLeft: the sums are left to another
+};
+constexpr int kLeft = -1;
+
 // Tiles of the same channels follow each other, but only over as many tokens as the L2 cache keeps
 // until the next channels are multiplied.
 __device__ __forceinline__ Tile tile_at(const Problem& p, int index) {
@@ -39,11 +46,7 @@ __device__ __forceinline__ Tile tile_at(const Problem& p, int index) {
   return {n0, (m_first + at % m_count) * TILE_M};
 }
 
-struct Piece {
-  int tile, k_begin, k_count;  // k in blocks of 128
-};
-
-// Sizes are opaque to keep reciprocals for divisions out of registers while tiles are multiplied.
+// Only the load warp follows it, and tells the others (announce, receive).
 struct Schedule {
   const Problem& p;
   int next;  // tile to take whole; or ~x, x blocks of k after the start of tile whole_tiles
@@ -57,7 +60,7 @@ struct Schedule {
     if (next >= 0 && next < p.whole_tiles) {
       const int size = split_size(), rank = split_rank();
       const int k_begin = p.k_blocks * rank / size;
-      piece = {next, k_begin, p.k_blocks * (rank + 1) / size - k_begin};
+      piece = {tile_at(p, next), k_begin, p.k_blocks * (rank + 1) / size - k_begin, 0};
       next += clusters();
       return true;
     }
@@ -65,9 +68,11 @@ struct Schedule {
     if (next >= 0) next = ~begin_of(clusters() - 1 - cluster());
     const int at = ~next, end = begin_of(clusters() - cluster());
     if (at >= end) return false;
-    const int k_blocks = opaque(p.k_blocks), k_begin = at % k_blocks;
-    piece = {p.whole_tiles + at / k_blocks, k_begin, min(k_blocks - k_begin, end - at)};
-    next = ~(at + piece.k_count);
+    const int tile = p.whole_tiles + at / p.k_blocks, k_begin = at % p.k_blocks;
+    const int k_count = min(p.k_blocks - k_begin, end - at);
+    const int followers = k_begin > 0 ? kLeft : k_count < p.k_blocks ? followers_of(tile) : 0;
+    piece = {tile_at(p, tile), k_begin, k_count, followers};
+    next = ~(at + k_count);
     return true;
   }
   __device__ __forceinline__ int streamed() const {  // blocks of k
@@ -75,10 +80,10 @@ struct Schedule {
   }
   // Where the share of a cluster begins that is the i-th from the last.
   __device__ __forceinline__ int begin_of(uint32_t i) const {
-    return uint32_t(streamed()) * i / uint32_t(opaque(clusters()));
+    return uint32_t(streamed()) * i / uint32_t(clusters());
   }
   // How many clusters after this one work on the tile that its share ends in.
-  __device__ __forceinline__ int followers(int tile) const {
+  __device__ __forceinline__ int followers_of(int tile) const {
     const int tile_end = (tile - p.whole_tiles + 1) * p.k_blocks;
     const int own = clusters() - 1 - cluster();
     int count = 0;

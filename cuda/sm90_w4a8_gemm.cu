@@ -91,7 +91,7 @@ struct Problem {
 #include "sm90_schedule.cuh"
 
 struct Shared {  // addresses in shared memory
-  uint32_t stages, staging, scales, reduced, barriers, partials;
+  uint32_t stages, staging, scales, pieces, reduced, barriers, partials;
 };
 
 // A position in the ring of stages. Every role walks all stages in order, since a parity tells no
@@ -126,17 +126,51 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
                : "memory");
 }
 
+// Predicated, never a branch.
+__device__ __forceinline__ void store_global(void* p, uint4 v, bool valid) {
+  asm volatile(
+      "{\n .reg .pred valid;\n setp.ne.b32 valid, %5, 0;\n"
+      " @valid st.global.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"l"(p),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(int(valid))
+      : "memory");
+}
+
+// What the load warp tells the others of a piece, in one of two slots in turn:
+// [n0, m0, k_count (0: no more pieces), followers][barrier: announced][barrier: received].
+constexpr int kSlotBytes = 32;
+constexpr int kAnnounced = 16, kReceived = 24;
+constexpr int kReceivers = kMultipliers / 32 + (FOLD ? kTableWarps : 0);  // warps
+
+__device__ __forceinline__ void announce(const Shared& s, int number, const Piece& piece) {
+  const uint32_t slot = s.pieces + number % 2 * kSlotBytes;
+  barrier_wait(slot + kReceived, number / 2 % 2 ^ 1);
+  if (elect_one()) {
+    store_shared(slot, make_uint4(piece.tile.n0, piece.tile.m0, piece.k_count, piece.followers));
+    barrier_arrive(slot + kAnnounced);
+  }
+}
+__device__ __forceinline__ bool receive(const Shared& s, int number, Piece& piece) {
+  const uint32_t slot = s.pieces + number % 2 * kSlotBytes;
+  barrier_wait(slot + kAnnounced, number / 2 % 2);
+  const uint4 v = load_shared(slot);
+  piece = {{int(v.x), int(v.y)}, 0, int(v.z), int(v.w)};
+  // The address depends on what was loaded (k_count >= 0): an arrival overtakes loads.
+  if (threadIdx.x % 32 == 0) barrier_arrive(slot + kReceived + (v.z >> 31));
+  return piece.k_count > 0;
+}
+
 // The three parts use what is defined above.
 #include "sm90_load.cuh"
 #include "sm90_multiply.cuh"
 #include "sm90_output.cuh"
 
-__device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& s, Schedule todo) {
+__device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& s) {
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
   wait_for_previous_kernel();  // it may have written the token scales
   Ring ring;
-  for (Piece piece; todo.take(piece);) {
-    Tile t = tile_at(p, piece.tile);
+  Piece piece;
+  for (int number = 0; receive(s, number, piece); ++number) {
+    const Tile t = piece.tile;
     // What the output needs is under way while the tile is multiplied.
     const ChannelScales c = load_channel_scales(p, t.n0 + warpgroup * 64 + channel_of(thread));
     wait_copies<0>();                   // of a piece that did not need them
@@ -148,21 +182,17 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
     commit_copies();
     Accumulator acc[kAccumulators];
     multiply(acc, s, ring, piece.k_count, warpgroup, thread);
-    t = tile_at(p, opaque(piece.tile));  // again, to leave its registers to the multiplication
-    const int size = split_size();
-    if (size == 1 && piece.k_begin > 0) {
+    if (piece.followers == kLeft) {
       leave_partial(p, acc, warpgroup, thread);
       continue;
     }
-    if (size == 1 && piece.k_count < p.k_blocks) {
-      collect_partials(p, acc, todo.followers(piece.tile), warpgroup, thread);
-    }
+    if (piece.followers > 0) collect_partials(p, acc, piece.followers, warpgroup, thread);
     wait_copies<0>();
     named_barrier(1 + warpgroup, 128);  // the token scales of this tile are there
-    if (size > 1) {
-      reduce_and_write(p, s, t, acc, c, split_rank(), size);
+    if (split_size() > 1) {
+      reduce_and_write(p, s, t, acc, c, split_rank(), split_size());
     } else {
-      write_out<kTokenBlocks>(p, s, t, acc, c, 0);
+      Writer(p, s, t, c).write_all(acc);
     }
   }
 }
@@ -180,7 +210,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
   s.stages = shared_address(memory);
   s.staging = s.stages + STAGES * kStageBytes;
   s.scales = s.staging + kStagingBytes;
-  s.reduced = s.scales + kScaleBytes;
+  s.pieces = s.scales + kScaleBytes;
+  s.reduced = s.pieces + 2 * kSlotBytes;
   s.barriers = s.reduced + 16;
   s.partials =
       kPartialsInRing ? s.stages : (s.barriers + STAGES * kStageBytes / 128 + 15) / 16 * 16;
@@ -192,10 +223,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
       barrier_init(at + kReady, 1);
       barrier_init(at + kEmpty, SHARE * kMultipliers / 32);
     }
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(s.pieces + i * kSlotBytes + kAnnounced, 1);
+      barrier_init(s.pieces + i * kSlotBytes + kReceived, kReceivers);
+    }
     barrier_init(s.reduced, 1);
     barrier_init_fence();
-    const int owned = (kTokenBlocks - rank + size - 1) / size;  // see reduce_and_write
-    barrier_expect(s.reduced, size * owned * kMultipliers * 16);
+    const int owned = (kUnits - rank + size - 1) / size;  // see reduce_and_write
+    barrier_expect(s.reduced, (size - 1) * owned * kUnitBlocks * kMultipliers * 16);
   }
   __syncthreads();
   let_next_kernel_start();
@@ -205,14 +240,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
   if (warp / 4 < WARPGROUPS) {
     raise_registers<kMultiplyRegisters>();
     if (clustered) cluster_wait();  // the others' barriers exist
-    multiply_pieces(p, s, Schedule(p));
+    multiply_pieces(p, s);
   } else {
     lower_registers<kLoadRegisters>();
     if (SHARE > 1) cluster_wait();  // the same, for copies to them
     if (warp % 4 == 0) {
       load(p, s, Schedule(p));
     } else if (FOLD) {
-      build_tables(p, s, Schedule(p), warp % 4 - 1, threadIdx.x % 32);
+      build_tables(p, s, warp % 4 - 1, threadIdx.x % 32);
     }
     if (SHARE == 1 && clustered) cluster_wait();
   }

@@ -58,7 +58,7 @@ class Tile(NamedTuple):
         groups = BLOCK_K // group_size
         tables = self.warpgroups * groups * 64 * 16 if form == "fold" else 0
         weights = self.warpgroups * (4096 + groups * 128) + tables
-        fixed = self.warpgroups * (2 * min(self.m, 16) * 128 + max(self.m, 16) * 4) + 48
+        fixed = self.warpgroups * (2 * min(self.m, 16) * 128 + max(self.m, 16) * 4) + 112
         return self.m * BLOCK_K + -(-weights // 1024) * 1024, fixed
 
     def stages_of(self, group_size: int, form: str) -> int:
@@ -79,7 +79,8 @@ class Tile(NamedTuple):
     def shared_bytes(self, group_size: int, form: str, splits: int) -> int:
         stage, fixed = self._bytes(group_size, form)
         stages = self.stages_of(group_size, form)
-        partials = splits * -(-self.m // 8 // splits) * self.warpgroups * 2048 if splits > 1 else 0
+        unit, units = min(2, self.m // 8), max(1, self.m // 16)  # see Writer of sm90_output.cuh
+        partials = (splits - 1) * -(-units // splits) * unit * self.warpgroups * 2048
         if self.m < 128:  # kPartialsInRing
             return stages * (stage + stage // 128) + fixed + partials
         return max(stages * stage, partials) + stages * stage // 128 + fixed
