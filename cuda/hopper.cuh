@@ -83,15 +83,6 @@ __device__ __forceinline__ void await_and_lower_flag(int* flag) {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
   asm volatile("st.relaxed.gpu.global.s32 [%0], 0;" ::"l"(flag) : "memory");
 }
-// Past L1, which may hold what another block has overwritten.
-__device__ __forceinline__ int4 load_global(const int4* p) {
-  int4 v;
-  asm volatile("ld.global.cg.v4.s32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p)
-               : "memory");
-  return v;
-}
 
 // ---- bulk copies, global -> shared, multiples of 16 bytes --------------------------------------
 
@@ -113,6 +104,10 @@ __device__ __forceinline__ void bulk_copy_to_cluster(uint32_t shared, const void
       ".L2::cache_hint [%0], [%1], %2, [%3], %4, %5;" ::"r"(shared),
       "l"(global), "r"(bytes), "r"(barrier), "h"(uint16_t(blocks)), "l"(policy)
       : "memory");
+}
+// Bulk copies that follow read what other instructions wrote before.
+__device__ __forceinline__ void bulk_copies_see_memory() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 // What the L2 cache should do with the bytes of a copy.
 __device__ __forceinline__ uint64_t read_once() {

@@ -21,6 +21,28 @@ __device__ __forceinline__ void copy_tokens(uint32_t stage, const int8_t* tokens
   }
 }
 
+// What the block `follower` places before this one left of a tile, to as many stages as it takes.
+__device__ __forceinline__ void load_partial(const Problem& p, const Shared& s, Ring& ring,
+                                             int follower, bool leader, uint64_t policy) {
+  constexpr int kBytes = kPartialBlocks * 128 * 16;
+  const int block = blockIdx.x - SHARE * follower, lane = threadIdx.x % 32;
+  if (lane < WARPGROUPS) await_and_lower_flag(flag_of(p, block, lane));
+  __syncwarp();
+  bulk_copies_see_memory();
+  for (int j = 0; j < kTokenBlocks; j += kPartialBlocks) {
+    const uint32_t at = s.stages + ring.offset, barriers = s.barriers + ring.barriers();
+    barrier_wait(barriers + kEmpty, ring.parity ^ 1);
+    if (leader) {
+      barrier_expect(barriers + kFull, WARPGROUPS * kBytes);
+      for (int i = 0; i < WARPGROUPS; ++i) {
+        bulk_copy(at + i * kBytes, partial_of(p, block, i) + j * 128, kBytes, barriers + kFull,
+                  policy);
+      }
+    }
+    ring.advance();
+  }
+}
+
 // Pointers are carried along: what this warp computes between an empty stage and its copies is
 // latency for all the others.
 __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule todo) {
@@ -77,6 +99,7 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule
         }
       }
     }
+    for (int i = 1; i <= piece.followers; ++i) load_partial(p, s, ring, i, leader, read_once());
   }
 }
 
@@ -115,6 +138,14 @@ __device__ __forceinline__ void build_tables(const Problem& p, const Shared& s, 
         __syncwarp();
         if (lane == 0) barrier_arrive(barriers + kReady);
       }
+      turn = turn == 0 ? kTableWarps - 1 : turn - 1;
+      ring.advance();
+    }
+    // Stages with partial sums need no tables.
+    for (int k = 0; k < piece.followers * (kTokenBlocks / kPartialBlocks); ++k) {
+      const uint32_t barriers = s.barriers + ring.barriers();
+      barrier_wait(barriers + kFull, ring.parity);
+      if (turn == 0 && lane == 0) barrier_arrive(barriers + kReady);
       turn = turn == 0 ? kTableWarps - 1 : turn - 1;
       ring.advance();
     }

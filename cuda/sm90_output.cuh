@@ -199,16 +199,7 @@ __device__ __forceinline__ void reduce_and_write(const Problem& p, const Shared&
   }
 }
 
-// A block that begins inside a tile leaves its sums to the block that began the tile:
-// partials [block of the grid][warpgroup][16 bytes of a thread][thread], then its flag is raised.
-__device__ __forceinline__ int* flag_of(const Problem& p, int block, int warpgroup) {
-  int8_t* flags = const_cast<int8_t*>(p.a8) + int64_t(p.k_blocks) * p.m_pad * kStageK;
-  return reinterpret_cast<int*>(flags) + block * WARPGROUPS + warpgroup;
-}
-__device__ __forceinline__ int4* partial_of(const Problem& p, int block, int warpgroup) {
-  return p.partials + int64_t(block * WARPGROUPS + warpgroup) * kTokenBlocks * 128;
-}
-
+// A block that begins inside a tile leaves its sums to the block that began the tile.
 __device__ __forceinline__ void leave_partial(const Problem& p,
                                               const Accumulator (&acc)[kAccumulators],
                                               int warpgroup, int thread) {
@@ -221,21 +212,27 @@ __device__ __forceinline__ void leave_partial(const Problem& p,
   if (thread == 0) raise_flag(flag_of(p, blockIdx.x, warpgroup));
 }
 
-// Adds what `followers` blocks left. They are those before this one in the grid
-// (sm90_schedule.cuh). Their flags are lowered again for the next launch.
-__device__ __forceinline__ void collect_partials(const Problem& p,
-                                                 Accumulator (&acc)[kAccumulators], int followers,
-                                                 int warpgroup, int thread) {
-  if (thread < followers)
-    await_and_lower_flag(flag_of(p, blockIdx.x - SHARE * (1 + thread), warpgroup));
-  named_barrier(1 + warpgroup, 128);
+// Adds what `followers` blocks left, which the load warp puts into the ring.
+__device__ __forceinline__ void add_partials(Accumulator (&acc)[kAccumulators], const Shared& s,
+                                             Ring ring, int followers, int warpgroup, int thread) {
 #pragma unroll 1
-  for (int i = 1; i <= followers; ++i) {
-    const int4* partial = partial_of(p, blockIdx.x - SHARE * i, warpgroup) + thread;
+  for (int i = 0; i < followers; ++i) {
 #pragma unroll
-    for (int j = 0; j < kTokenBlocks; ++j) {
-      const int4 v = load_global(partial + j * 128);
-      acc[4 * j] += v.x, acc[4 * j + 1] += v.y, acc[4 * j + 2] += v.z, acc[4 * j + 3] += v.w;
+    for (int j = 0; j < kTokenBlocks; j += kPartialBlocks) {
+      const uint32_t barriers = s.barriers + ring.barriers();
+      barrier_wait(barriers + (FOLD ? kReady : kFull), ring.parity);
+      const uint32_t at = s.stages + ring.offset + (warpgroup * kPartialBlocks * 128 + thread) * 16;
+      uint32_t last = 0;
+#pragma unroll
+      for (int k = 0; k < kPartialBlocks; ++k) {
+        const uint4 v = load_shared(at + k * 2048);
+        Accumulator* sum = acc + (j + k) * 4;
+        sum[0] += int(v.x), sum[1] += int(v.y), sum[2] += int(v.z), sum[3] += int(v.w);
+        last = v.w;
+      }
+      // The address depends on what was loaded, by a zero: an arrival overtakes loads.
+      release(barriers + kEmpty + (last & s.stages >> 31));
+      ring.advance();
     }
   }
 }

@@ -91,3 +91,13 @@ struct Schedule {
     return count;
   }
 };
+
+// What a block leaves: partials [block of the grid][warpgroup][16 bytes of a thread][thread], and
+// a flag for each warpgroup, raised.
+__device__ __forceinline__ int* flag_of(const Problem& p, int block, int warpgroup) {
+  int8_t* flags = const_cast<int8_t*>(p.a8) + int64_t(p.k_blocks) * p.m_pad * kStageK;
+  return reinterpret_cast<int*>(flags) + block * WARPGROUPS + warpgroup;
+}
+__device__ __forceinline__ int4* partial_of(const Problem& p, int block, int warpgroup) {
+  return p.partials + int64_t(block * WARPGROUPS + warpgroup) * kTokenBlocks * 128;
+}

@@ -57,6 +57,13 @@ constexpr int kChunk = TILE_M < 16 ? TILE_M : 16;  // tokens that are written at
 constexpr int kStagingBytes = WARPGROUPS * 2 * kChunk * 128;
 constexpr int kScaleTokens = TILE_M < 16 ? 16 : TILE_M;
 constexpr int kScaleBytes = WARPGROUPS * kScaleTokens * 4;  // a copy for each warpgroup
+// Blocks of 8 tokens whose partial sums, of all warpgroups, a stage can hold.
+constexpr int partial_blocks() {
+  int blocks = 1;
+  while (2 * blocks <= kTokenBlocks && 2 * blocks * kMultipliers * 16 <= kStageBytes) blocks *= 2;
+  return blocks;
+}
+constexpr int kPartialBlocks = partial_blocks();
 // Where the partial sums of a cluster meet. Large tiles have no room for them beside the ring.
 constexpr bool kPartialsInRing = TILE_M >= 128;
 // Registers of a thread: at launch, of the last warpgroup, of the others.
@@ -186,7 +193,7 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
       leave_partial(p, acc, warpgroup, thread);
       continue;
     }
-    if (piece.followers > 0) collect_partials(p, acc, piece.followers, warpgroup, thread);
+    if (piece.followers > 0) add_partials(acc, s, ring, piece.followers, warpgroup, thread);
     wait_copies<0>();
     named_barrier(1 + warpgroup, 128);  // the token scales of this tile are there
     if (split_size() > 1) {
@@ -194,6 +201,7 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
     } else {
       Writer(p, s, t, c).write_all(acc);
     }
+    if (piece.followers > 0) return;  // it was the last, and `ring` is out of date
   }
 }
 
