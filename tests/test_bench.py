@@ -245,7 +245,7 @@ class FakeTimer:
     def capture(self, call: timing.Call, copies: int, seconds: float) -> Any:
         assert copies >= 2
         call(copies - 1)
-        return SimpleNamespace(time=lambda: 1e6 * seconds)
+        return SimpleNamespace(time=lambda _: 1e6 * seconds)
 
 
 def wrong(weight: Tensor) -> Layer:

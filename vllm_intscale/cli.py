@@ -171,8 +171,9 @@ def bench_gemm(
 ) -> None:
     """One W4A8 linear layer beside every kernel of PyTorch, vLLM and humming that is installed.
 
-    Every output is checked against bf16. Microseconds are medians of interleaved rounds over
-    rotating weights in CUDA graphs. The last line on stdout is JSON.
+    Every output is checked against bf16. Microseconds are medians of calls in CUDA graphs over
+    rotating weights; each kernel first runs until the GPU's clock is its own. The last line on
+    stdout is JSON.
     """
     from vllm_intscale.bench import gemm, report
 

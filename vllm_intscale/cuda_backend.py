@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -144,13 +145,21 @@ def kernels(weight: tuple[Tensor, Tensor], dtype: torch.dtype) -> list[jit.Kerne
     return needed
 
 
+_ready: set[tuple[jit.Kernel, int]] = set()  # kernels that `warm_up` has loaded, by device
+
+
 def warm_up(weight: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
     """Compile and load them on the weight's device, so that none compiles while serving.
 
     Raises IntScaleError for a dtype or GPU without kernels, or if CuPy is missing.
     """
-    for kernel in kernels(weight, dtype):
-        jit.load(kernel, weight[0].device.index)
+    device = weight[0].device.index
+    missing = [kernel for kernel in kernels(weight, dtype) if (kernel, device) not in _ready]
+    if missing:
+        jit.import_cupy()  # once, before there are threads
+        with ThreadPoolExecutor(len(missing)) as pool:  # NVRTC lets them compile side by side
+            list(pool.map(lambda kernel: jit.load(kernel, device), missing))
+        _ready.update((kernel, device) for kernel in missing)
 
 
 def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,18 +107,18 @@ class Tile(NamedTuple):
 
 # The last number: microseconds that 128 k take on an H100 full of such blocks.
 TILES = (
-    Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=0.43),
-    Tile(m=16, warpgroups=1, stages=6, blocks=4, batch=2, block_us=0.48),
+    Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=0.44),
+    Tile(m=16, warpgroups=1, stages=6, blocks=4, batch=2, block_us=0.47),
     Tile(m=16, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.56),
-    Tile(m=32, warpgroups=1, stages=6, blocks=3, batch=2, block_us=0.43),
-    Tile(m=32, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.56),
-    Tile(m=64, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.40),
-    Tile(m=64, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.44),
-    Tile(m=128, warpgroups=1, stages=4, blocks=2, batch=2, block_us=0.52),
-    Tile(m=128, warpgroups=2, stages=7, blocks=1, batch=2, block_us=0.41),
+    Tile(m=32, warpgroups=1, stages=6, blocks=3, batch=2, block_us=0.44),
+    Tile(m=32, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.57),
+    Tile(m=64, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.36),
+    Tile(m=64, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.41),
+    Tile(m=128, warpgroups=1, stages=4, blocks=2, batch=2, block_us=0.44),
+    Tile(m=128, warpgroups=2, stages=7, blocks=1, batch=2, block_us=0.34),
     Tile(m=128, warpgroups=3, stages=6, blocks=1, batch=2, block_us=0.54),
-    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.58),
-    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.56, share=2),
+    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.57),
+    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.49, share=2),
 )
 
 
@@ -141,7 +141,8 @@ def choose(
     The fastest by a model of the time, fitted to what `bench.tiles` measures: waves of blocks, each
     as long as its blocks of k take. Where tokens are few, memory is what blocks share, and a
     started wave costs only its share; clusters of more than two blocks leave some multiprocessors
-    without a whole one; streaming costs no waves, but the exchange of partial sums.
+    without a whole one; streaming costs no waves, but the exchange of partial sums. Tiles that
+    share tokens count for what they save where the chip is at its limit of power.
     """
     k_blocks = -(-k // BLOCK_K)
 
@@ -151,22 +152,22 @@ def choose(
         slots = multiprocessors * resident // tile.share
         tiles = -(-n // tile.n) * -(-m // tile.m)
         size = tile.m * tile.warpgroups / 512  # of the largest tile
+        start_us = 0.02 * splits + 3.1 * (tile.share - 1)
         if splits == STREAMED:
             waves = tiles / slots
-            if waves > 1 and math.ceil(waves) < 1.1 * waves:
+            if waves > 1 and math.ceil(waves) < 1.06 * waves:
                 return math.inf  # little to win
             clusters = min(slots, tiles * k_blocks)
-            exchange_us = 6.6 + 1.1 * size * (1 + max(1.0, clusters / tiles))
-            return tiles * k_blocks / clusters * tile.block_us + exchange_us
-        waves = tiles * splits / (slots * (1.0 if splits <= 2 else 0.84))
-        if splits > 1 and waves > 3:
+            exchange_us = 4.9 + 3.2 * size * (1 + max(1.0, clusters / tiles))
+            return start_us + tiles * k_blocks / clusters * tile.block_us + exchange_us
+        waves = tiles * splits / (slots * (1.0 if splits <= 2 else 0.85))
+        if splits > 1 and waves > 1:
             return math.inf  # never won
         waves = max(1.0, waves) if tile.m < 64 and splits == 1 else math.ceil(waves)
         fill = min(1.0, tiles * splits * tile.share / (multiprocessors * tile.blocks))
-        block_us = tile.block_us * (0.8 + 0.2 * fill)
-        exchange_us = 8.2 * size if splits > 1 else 0.0
-        start_us = 0.02 * splits + 0.8 * (tile.share - 1)
-        return waves * (k_blocks / splits * block_us + exchange_us) + start_us
+        block_us = tile.block_us * (0.72 + 0.28 * fill)
+        output_us = (3.1 if splits == 1 else 7.2) * size
+        return start_us + waves * (k_blocks / splits * block_us + output_us)
 
     options = [
         (tile, splits)

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]  # not in its __all__
 
 ROTATION_BYTES = 200_000_000  # four times the L2 of an H100
-ROUNDS = 5
-REPLAYS = 3  # of a graph in a round
+ROUNDS = 3
+REPLAYS = 3  # of a graph in a round, at least
+SETTLE_SECONDS = 0.15  # of large calls in a round; the first half is not counted
 GRAPH_SECONDS = 1e-3  # aimed at: events resolve half a microsecond
 MAX_CALLS = 128  # of a kernel in a graph; capturing costs host time
 
@@ -57,17 +58,28 @@ class Captured(NamedTuple):
     calls: int
     call: Call  # keeps alive what the graph reads
 
-    def time(self) -> float:
-        """Microseconds of one call, in one round."""
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
-        self.graph.replay()  # keeps the GPU busy while the timed replays are queued
-        events[0].record()
-        for event in events[1:]:
-            self.graph.replay()
-            event.record()
+    def time(self, seconds: float = 0.0) -> float:
+        """Microseconds of one call: the median of replays that take `seconds`, or of REPLAYS.
+
+        The first half does not count.
+        """
+        replays, events = 2 * REPLAYS, [self._replay()]  # keeps the GPU busy while others queue
+        while len(events) <= replays:
+            events.append(self._replay())
+            if len(events) == REPLAYS:
+                events[-1].synchronize()
+                once = events[0].elapsed_time(events[-1]) * 1e-3 / (REPLAYS - 1)
+                replays = max(replays, math.ceil(seconds / once))
         events[-1].synchronize()
-        milliseconds: list[float] = [a.elapsed_time(b) for a, b in pairwise(events)]
+        counted = pairwise(events[len(events) // 2 :])
+        milliseconds: list[float] = [a.elapsed_time(b) for a, b in counted]
         return statistics.median(milliseconds) * 1000 / self.calls
+
+    def _replay(self) -> torch.cuda.Event:
+        self.graph.replay()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class Timer:
