@@ -111,6 +111,7 @@ __device__ __forceinline__ void build_tables(const Problem& p, const Shared& s, 
   Ring ring;
   Piece piece;
   for (int number = 0; receive(s, number, piece); ++number) {
+    received(s, number, piece);
     const Tile t = piece.tile;
     float unit[WARPGROUPS][2];
 #pragma unroll

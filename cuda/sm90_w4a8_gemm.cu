@@ -57,13 +57,13 @@ constexpr int kChunk = TILE_M < 16 ? TILE_M : 16;  // tokens that are written at
 constexpr int kStagingBytes = WARPGROUPS * 2 * kChunk * 128;
 constexpr int kScaleTokens = TILE_M < 16 ? 16 : TILE_M;
 constexpr int kScaleBytes = WARPGROUPS * kScaleTokens * 4;  // a copy for each warpgroup
-// Blocks of 8 tokens whose partial sums, of all warpgroups, a stage can hold.
-constexpr int partial_blocks() {
-  int blocks = 1;
-  while (2 * blocks <= kTokenBlocks && 2 * blocks * kMultipliers * 16 <= kStageBytes) blocks *= 2;
-  return blocks;
-}
-constexpr int kPartialBlocks = partial_blocks();
+// Blocks of 8 tokens whose partial sums, of all warpgroups, a stage can hold; a power of two.
+constexpr int kFitting = kStageBytes / (kMultipliers * 16);
+constexpr int kPartialBlocks = kFitting >= kTokenBlocks ? kTokenBlocks
+                               : kFitting >= 8          ? 8
+                               : kFitting >= 4          ? 4
+                               : kFitting >= 2          ? 2
+                                                        : 1;
 // Where the partial sums of a cluster meet. Large tiles have no room for them beside the ring.
 constexpr bool kPartialsInRing = TILE_M >= 128;
 // Registers of a thread: at launch, of the last warpgroup, of the others.
@@ -156,14 +156,19 @@ __device__ __forceinline__ void announce(const Shared& s, int number, const Piec
     barrier_arrive(slot + kAnnounced);
   }
 }
+__device__ __forceinline__ Piece read_piece(const Shared& s, int number) {
+  const uint4 v = load_shared(s.pieces + number % 2 * kSlotBytes);
+  return {{int(v.x), int(v.y)}, 0, int(v.z), int(v.w)};
+}
 __device__ __forceinline__ bool receive(const Shared& s, int number, Piece& piece) {
-  const uint32_t slot = s.pieces + number % 2 * kSlotBytes;
-  barrier_wait(slot + kAnnounced, number / 2 % 2);
-  const uint4 v = load_shared(slot);
-  piece = {{int(v.x), int(v.y)}, 0, int(v.z), int(v.w)};
-  // The address depends on what was loaded (k_count >= 0): an arrival overtakes loads.
-  if (threadIdx.x % 32 == 0) barrier_arrive(slot + kReceived + (v.z >> 31));
+  barrier_wait(s.pieces + number % 2 * kSlotBytes + kAnnounced, number / 2 % 2);
+  piece = read_piece(s, number);
   return piece.k_count > 0;
+}
+// `piece`: as last read. The address depends on it (k_count >= 0): an arrival overtakes loads.
+__device__ __forceinline__ void received(const Shared& s, int number, const Piece& piece) {
+  const uint32_t barrier = s.pieces + number % 2 * kSlotBytes + kReceived;
+  if (threadIdx.x % 32 == 0) barrier_arrive(barrier + (uint32_t(piece.k_count) >> 31));
 }
 
 // The three parts use what is defined above.
@@ -177,18 +182,21 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
   Ring ring;
   Piece piece;
   for (int number = 0; receive(s, number, piece); ++number) {
-    const Tile t = piece.tile;
     // What the output needs is under way while the tile is multiplied.
-    const ChannelScales c = load_channel_scales(p, t.n0 + warpgroup * 64 + channel_of(thread));
+    const int channel = piece.tile.n0 + warpgroup * 64 + channel_of(thread);
+    const ChannelScales c = load_channel_scales(p, channel);
     wait_copies<0>();                   // of a piece that did not need them
     named_barrier(1 + warpgroup, 128);  // the token scales of the tile before have been read
     for (int token = thread; token < TILE_M; token += 128) {
-      copy4(s.scales + (warpgroup * kScaleTokens + place_of_scale(token)) * 4,
-            p.token_scale + t.m0 + token, t.m0 + token < p.m);
+      const int row = piece.tile.m0 + token;
+      copy4(s.scales + (warpgroup * kScaleTokens + place_of_scale(token)) * 4, p.token_scale + row,
+            row < p.m);
     }
     commit_copies();
     Accumulator acc[kAccumulators];
     multiply(acc, s, ring, piece.k_count, warpgroup, thread);
+    piece = read_piece(s, number);  // again, to leave its registers to the multiplication
+    received(s, number, piece);
     if (piece.followers == kLeft) {
       leave_partial(p, acc, warpgroup, thread);
       continue;
@@ -197,9 +205,9 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
     wait_copies<0>();
     named_barrier(1 + warpgroup, 128);  // the token scales of this tile are there
     if (split_size() > 1) {
-      reduce_and_write(p, s, t, acc, c, split_rank(), split_size());
+      reduce_and_write(p, s, piece.tile, acc, c, split_rank(), split_size());
     } else {
-      Writer(p, s, t, c).write_all(acc);
+      Writer(p, s, piece.tile, c).write_all(acc);
     }
     if (piece.followers > 0) return;  // it was the last, and `ring` is out of date
   }
