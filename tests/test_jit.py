@@ -11,6 +11,7 @@ from pathlib import Path
 
 import generators
 import pytest
+import sass
 import torch
 
 from vllm_intscale import cuda_backend, jit, sm80_gemm, sm90_gemm
@@ -43,9 +44,27 @@ def test_includes_are_pasted_into_the_source() -> None:
         assert "mul_rn" in source  # of common.cuh
 
 
+def test_moved_accumulators_are_found() -> None:
+    """As ptxas once moved them: between a multiplication and the wait for it."""
+    multiply = ["IGMMA.64x8x32.S8.S8 R24, R32, gdesc[UR16], R24, gsb0"]
+    wait = ["WARPGROUP.DEPBAR.LE gsb0, 0x1"]
+    move = ["IMAD.MOV.U32 R29, RZ, RZ, R25"]
+    assert sass.touched_in_flight([*multiply, *wait, *move]) == move
+    assert sass.touched_in_flight([*multiply, "STG.E.128 desc[UR4][R2.64], R24"])
+    assert sass.touched_in_flight([*multiply, "LDS.128 R22, [R2]"])
+    assert not sass.touched_in_flight([*multiply, "WARPGROUP.DEPBAR.LE gsb0, 0x0", *move])
+    assert not sass.touched_in_flight([*multiply, *multiply, "PRMT R28, R29, R30, R31"])
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_variant_compiles_without_local_memory(arch: int) -> None:
-    """With NVRTC itself, for every architecture; no GPU is needed for that."""
+def test_every_variant_compiles_without_local_memory(arch: int, tmp_path: Path) -> None:
+    """With NVRTC itself, for every architecture; no GPU is needed for that.
+
+    On Hopper, nothing may touch accumulators of a wgmma in flight, either.
+    """
+    cuobjdump = sass.find_cuobjdump()
+    if arch == 90 and cuobjdump is None:
+        pytest.skip("needs cuobjdump, of the CUDA toolkit or of Triton")
     nvrtc = pytest.importorskip("cupy", reason="needs CuPy and NVRTC").cuda.nvrtc
     variants: set[jit.Kernel] = set()
     for dtype, group_size in itertools.product((torch.bfloat16, torch.float16), (32, 64, 128)):
@@ -72,6 +91,12 @@ def test_every_variant_compiles_without_local_memory(arch: int) -> None:
         log = nvrtc.getProgramLog(program)
         assert "0 bytes stack frame, 0 bytes spill stores" in log, f"{kernel} sm_{arch}: {log}"
         assert "serialized" not in log, f"{kernel} sm_{arch}: {log}"
+        if cuobjdump and kernel.arch:
+            cubin = tmp_path / "kernel.cubin"
+            cubin.write_bytes(nvrtc.getCUBIN(program) + b"\0")  # CuPy takes the last byte for a NUL
+            instructions = sass.disassemble(cuobjdump, cubin)
+            assert any(sass.MULTIPLY.match(line) for line in instructions)
+            assert not sass.touched_in_flight(instructions), kernel
         nvrtc.destroyProgram(program)
 
 

@@ -110,7 +110,7 @@ TILES = (
     Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=0.44),
     Tile(m=16, warpgroups=1, stages=6, blocks=4, batch=2, block_us=0.47),
     Tile(m=16, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.56),
-    Tile(m=32, warpgroups=1, stages=6, blocks=3, batch=2, block_us=0.44),
+    Tile(m=32, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.44),
     Tile(m=32, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.57),
     Tile(m=64, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.36),
     Tile(m=64, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.41),
