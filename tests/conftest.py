@@ -62,6 +62,32 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "head_dim": 64,
     },
+    "olmoe": {
+        "intermediate_size": 128,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": False,
+    },
+    # As DeepSeek-V2-Lite: a dense layer first, shared experts, latent attention without q_lora.
+    "deepseek_v2": {
+        "intermediate_size": 384,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 64,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.5,
+    },
 }
 IGNORE = ("lm_head", r"re:.*\.gate", r"re:.*\.shared_expert_gate")
 
@@ -110,7 +136,7 @@ def random_model(kind: str, folder: Path, dtype: torch.dtype) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **COMMON, **MODELS[kind])
+    config = AutoConfig.for_model(kind, **(COMMON | MODELS[kind]))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
