@@ -6,6 +6,8 @@ Only headers are read here, so that even the largest model is checked in a secon
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,11 @@ class StoredTensor:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        bits = next(map(int, re.findall(r"\d+", self.dtype)), 8)  # F8_E4M3, BOOL
+        return math.prod(self.shape) * bits // 8
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: `intscale quantize`, `verify`, `eval` and `bench gemm`."""
+"""The command line: `intscale quantize`, `inspect`, `verify`, `eval` and `bench gemm`."""
 
 from __future__ import annotations
 
@@ -98,6 +98,39 @@ def quantize(
         report = quantize_model(source, out, config, revision, on_progress, scale_search)
     _print_report(report, time.monotonic() - start)
     print(f"\nServe it:  vllm serve {out}")
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model folder or hub id, quantized or not.")
+    ],
+    tp: Annotated[
+        str, typer.Option(metavar="N,N", help="Numbers of tensor-parallel ranks to check.")
+    ] = "1,2,4,8",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+) -> None:
+    """What a model weighs and on how many GPUs it can run, before anything is downloaded.
+
+    Of a model that is not quantized, what `quantize` would make of it. The last line on stdout is
+    JSON.
+    """
+    from vllm_intscale.inspection import inspect_model
+
+    if not all(part.isdecimal() and int(part) for part in tp.split(",")):
+        raise IntScaleError(f"--tp {tp}: whole numbers from 1 are needed, separated by commas")
+    found = inspect_model(model, [int(part) for part in tp.split(",")], revision)
+    print(f"Model       {found.model_type}, {_size(found.stored_bytes)} stored")
+    schemes = ", ".join(f"{count} {scheme}" for scheme, count in found.layers.items())
+    would = "" if found.quantized else f", {_size(found.intscale_bytes)} once quantized"
+    print(f"Layers      {schemes}{would}")
+    for reason, count in found.left.items():
+        print(f"Left        {count} x {reason}")
+    for ranks in found.ranks:
+        share = f"{_size(found.intscale_bytes // ranks.tp_size)} of weights a rank"
+        lines = [*ranks.problems, ranks.remedy] if ranks.problems else [share, *ranks.split]
+        print(f"--tp {ranks.tp_size:<6} " + "; ".join(lines))
+    print(json.dumps(found._asdict() | {"ranks": [ranks._asdict() for ranks in found.ranks]}))
 
 
 @app.command("verify")

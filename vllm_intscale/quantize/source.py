@@ -117,8 +117,16 @@ def make_plan(folder: Path, wanted: CheckpointConfig) -> Plan:
     Raises IntScaleError if the source or the choices do not allow a checkpoint, naming every
     offending layer at once.
     """
-    stored = read_headers(folder)
-    model_config = read_config(folder)
+    return decide(folder, read_headers(folder), read_config(folder), wanted)
+
+
+def decide(
+    folder: Path,
+    stored: Mapping[str, StoredTensor],
+    model_config: dict[str, Any],
+    wanted: CheckpointConfig,
+) -> Plan:
+    """As `make_plan`, from headers and config; `folder` is only named in errors."""
     _refuse_quantized(folder, model_config)
     text_config = model_config.get("text_config") or model_config
     model_type = str(text_config.get("model_type", model_config.get("model_type")))
