@@ -33,7 +33,8 @@
 //
 //     load warp ---full--> table warps (3) ---ready--> multiplying warpgroups ---empty--> load warp
 //
-// Without FOLD there are no tables and the multipliers wait for `full` themselves.
+// Without FOLD there are no tables and the multipliers wait for `full` themselves. Which tile comes
+// next only the load warp works out, and announces it to the others.
 #include "common.cuh"
 #include "fold.cuh"
 #include "hopper.cuh"
@@ -165,10 +166,10 @@ __device__ __forceinline__ bool receive(const Shared& s, int number, Piece& piec
   piece = read_piece(s, number);
   return piece.k_count > 0;
 }
-// `piece`: as last read. The address depends on it (k_count >= 0): an arrival overtakes loads.
+// `piece`: as last read. The address depends on it, by a zero: an arrival overtakes loads.
 __device__ __forceinline__ void received(const Shared& s, int number, const Piece& piece) {
   const uint32_t barrier = s.pieces + number % 2 * kSlotBytes + kReceived;
-  if (threadIdx.x % 32 == 0) barrier_arrive(barrier + (uint32_t(piece.k_count) >> 31));
+  if (threadIdx.x % 32 == 0) barrier_arrive(barrier + (uint32_t(piece.tile.m0) >> 31));
 }
 
 // The three parts use what is defined above.
