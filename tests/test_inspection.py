@@ -129,3 +129,32 @@ def test_command(
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert str(stop.value.code).startswith("intscale: error: --tp 1,two: whole numbers")
+
+
+def test_dry_run(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It says what quantizing then does, with the same options, and writes nothing."""
+    out = tmp_path / "out"
+    options = [str(source), str(out), "--group-size", "32", "--ignore", "re:.*[qk]_proj"]
+    for extra in (["--dry-run"], []):
+        monkeypatch.setattr(sys, "argv", ["intscale", "quantize", *options, *extra])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+        assert out.exists() == (not extra)
+        if extra:
+            printed = capsys.readouterr().out
+            assert "Layers      9 W4A8 g32, " in printed and "Disk        " in printed
+            (size,) = (line.split(", ")[1] for line in printed.splitlines() if "once" in line)
+    found = inspect_model(str(out), [1])
+    assert found.layers == {"W4A8 g32": 9}
+    assert size == f"{found.stored_bytes / 2**20:.1f} MiB once quantized"
+
+    monkeypatch.setattr(sys, "argv", ["intscale", "quantize", *options, "--dry-run"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert f"{out} exists; remove it" in str(stop.value.code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import typer
 
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import ACCUMULATOR_MAX, Amplifier, CheckpointConfig
+from vllm_intscale.inspection import Inspection, inspect_model
 
 if TYPE_CHECKING:
     from vllm_intscale.quantize import Progress, Report
@@ -79,12 +81,17 @@ def quantize(
         ),
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what would be done; of a hub id read headers."),
+    ] = False,
 ) -> None:
     """Quantize a model: int4 weights, integer group scales, for int8 activations.
 
     Weights are rounded to nearest; no calibration data and no GPU are needed.
     """
     from vllm_intscale.quantize import quantize_model
+    from vllm_intscale.quantize.stream import check_output
 
     config = CheckpointConfig(
         group_size=group_size,
@@ -93,6 +100,11 @@ def quantize(
         ignore=tuple(ignore or ()),
         overrides=dict(map(_parse_override, override or ())),
     )
+    if dry_run:
+        check_output(out, folder if (folder := Path(source)).is_dir() else None)
+        _print_inspection(inspect_model(source, (), revision, config))
+        print(f"Disk        {_size(shutil.disk_usage(out.parent).free)} free in {out.parent}")
+        return
     start = time.monotonic()
     with _progress_display() as on_progress:
         report = quantize_model(source, out, config, revision, on_progress, scale_search)
@@ -115,17 +127,10 @@ def inspect_command(
     Of a model that is not quantized, what `quantize` would make of it. The last line on stdout is
     JSON.
     """
-    from vllm_intscale.inspection import inspect_model
-
     if not all(part.isdecimal() and int(part) for part in tp.split(",")):
         raise IntScaleError(f"--tp {tp}: whole numbers from 1 are needed, separated by commas")
     found = inspect_model(model, [int(part) for part in tp.split(",")], revision)
-    print(f"Model       {found.model_type}, {_size(found.stored_bytes)} stored")
-    schemes = ", ".join(f"{count} {scheme}" for scheme, count in found.layers.items())
-    would = "" if found.quantized else f", {_size(found.intscale_bytes)} once quantized"
-    print(f"Layers      {schemes}{would}")
-    for reason, count in found.left.items():
-        print(f"Left        {count} x {reason}")
+    _print_inspection(found)
     for ranks in found.ranks:
         share = f"{_size(found.intscale_bytes // ranks.tp_size)} of weights a rank"
         lines = [*ranks.problems, ranks.remedy] if ranks.problems else [share, *ranks.split]
@@ -307,6 +312,15 @@ class _LineDisplay:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _print_inspection(found: Inspection) -> None:
+    print(f"Model       {found.model_type}, {_size(found.stored_bytes)} stored")
+    schemes = ", ".join(f"{count} {scheme}" for scheme, count in found.layers.items())
+    would = "" if found.quantized else f", {_size(found.intscale_bytes)} once quantized"
+    print(f"Layers      {schemes}{would}")
+    for reason, count in found.left.items():
+        print(f"Left        {count} x {reason}")
 
 
 def _print_report(report: Report, seconds: float) -> None:

@@ -58,7 +58,7 @@ class Inspection(NamedTuple):
     """What is known of a model. Sizes are in bytes, of all its tensors.
 
     quantized: whether it is an intscale checkpoint. Otherwise layers and intscale_bytes are what
-    `intscale quantize` makes of it by default.
+    `intscale quantize` makes of it.
     """
 
     model: str
@@ -71,18 +71,28 @@ class Inspection(NamedTuple):
     ranks: list[Ranks]
 
 
-def inspect_model(source: str, tp_sizes: Sequence[int], revision: str | None = None) -> Inspection:
-    """Look at a folder or hub id. Raises IntScaleError if it is neither, or cannot be quantized."""
+def inspect_model(
+    source: str,
+    tp_sizes: Sequence[int],
+    revision: str | None = None,
+    wanted: CheckpointConfig | None = None,
+) -> Inspection:
+    """Look at a folder or hub id; see `Inspection`.
+
+    wanted: how it shall be quantized, instead of by default; an intscale checkpoint is refused.
+
+    Raises IntScaleError if the source is neither folder nor hub id, or cannot be quantized.
+    """
     stored, config = _headers(source, revision)
     found = config.get("quantization_config")
     section = found if isinstance(found, dict) else {}
-    quantized = section.get("quant_method") == QUANT_METHOD
+    quantized = wanted is None and section.get("quant_method") == QUANT_METHOD
     left: Counter[str] = Counter()
     stored_bytes = sum(tensor.nbytes for tensor in stored.values())
     if quantized:
         layers, intscale_bytes = _quantized_layers(stored, section), stored_bytes
     else:
-        matrices = decide(Path(source), stored, config, CheckpointConfig()).matrices
+        matrices = decide(Path(source), stored, config, wanted or CheckpointConfig()).matrices
         layers, intscale_bytes = [], 0
         for matrix in matrices:
             if matrix.scheme is None:
