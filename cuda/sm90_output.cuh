@@ -33,10 +33,6 @@ __device__ __forceinline__ int place_of_scale(int token) {
 // Rows of the output are written 16 bytes at a time.
 __device__ __forceinline__ int row_of_outputs(const Problem& p) { return (p.n + 7) / 8 * 8; }
 
-// What is written at a time: a unit of two blocks of 8 tokens, or of one where there is no more.
-constexpr int kUnitBlocks = kTokenBlocks < 2 ? 1 : 2;
-constexpr int kUnits = kTokenBlocks / kUnitBlocks;
-
 #if DTYPE == INT32
 struct Writer {
   const Problem& p;

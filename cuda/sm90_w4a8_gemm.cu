@@ -54,8 +54,10 @@ constexpr int kStageBytes = kTokenBytes + (kWeightBytes + kTableBytes + 1023) / 
 constexpr int kFull = 0, kReady = 8, kEmpty = 16;  // barriers of a stage, see Ring
 constexpr int kTokenBlocks = TILE_M / 8;           // a thread holds 2 channels x 2 tokens of each
 constexpr int kAccumulators = TILE_M / 2;
-constexpr int kChunk = TILE_M < 16 ? TILE_M : 16;  // tokens that are written at a time
-constexpr int kStagingBytes = WARPGROUPS * 2 * kChunk * 128;
+// What is written at a time: a unit of two blocks of 8 tokens, or of one where there is no more.
+constexpr int kUnitBlocks = kTokenBlocks < 2 ? 1 : 2;
+constexpr int kUnits = kTokenBlocks / kUnitBlocks;
+constexpr int kStagingBytes = WARPGROUPS * 2 * kUnitBlocks * 8 * 128;
 constexpr int kScaleTokens = TILE_M < 16 ? 16 : TILE_M;
 constexpr int kScaleBytes = WARPGROUPS * kScaleTokens * 4;  // a copy for each warpgroup
 // Blocks of 8 tokens whose partial sums, of all warpgroups, a stage can hold; a power of two.

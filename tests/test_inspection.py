@@ -111,6 +111,17 @@ def test_nothing_but_headers_comes_from_the_hub(
         inspect_model("org/model", [1])
 
 
+def test_broken_checkpoint(source: Path, tmp_path: Path) -> None:
+    quantize_model(str(source), tmp_path / "out", CheckpointConfig())
+    sources.change_json(tmp_path / "out" / "config.json", quantization_config={"bits": 3})
+    with pytest.raises(IntScaleError, match="already quantized"):  # by a method that is not named
+        inspect_model(str(tmp_path / "out"), [1])
+    broken = {"quant_method": "intscale", "format_version": 1, "bits": 3}
+    sources.change_json(tmp_path / "out" / "config.json", quantization_config=broken)
+    with pytest.raises(IntScaleError, match=r"config\.json: quantization_config"):
+        inspect_model(str(tmp_path / "out"), [1])
+
+
 def test_command(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,7 +126,14 @@ def validate_checkpoint(folder: Path) -> CheckpointConfig:
 
     Raises IntScaleError naming file, tensor, reason and remedy. Values are not read.
     """
-    section = read_config(folder).get("quantization_config")
+    return validate_headers(folder, read_config(folder), read_headers(folder))
+
+
+def validate_headers(
+    folder: Path, model_config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+) -> CheckpointConfig:
+    """As `validate_checkpoint`, from what was read already; `folder` is only named in errors."""
+    section = model_config.get("quantization_config")
     if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
         raise IntScaleError(
             f"{folder / CONFIG} has no quantization_config of method {QUANT_METHOD}; make the "
@@ -136,7 +143,6 @@ def validate_checkpoint(folder: Path) -> CheckpointConfig:
         config = CheckpointConfig.from_dict(section)
     except IntScaleError as error:
         raise IntScaleError(f"{folder / CONFIG}: {error}") from None
-    tensors = read_headers(folder)
     layers = dict.fromkeys(
         layer for layer, _, part in (t.rpartition(".") for t in tensors) if part in TENSOR_NAMES
     )
@@ -159,13 +165,15 @@ def validate_checkpoint(folder: Path) -> CheckpointConfig:
                 f"{file}: {layer}.{RESERVED_TENSOR} makes the layer asymmetric, which this release "
                 "cannot run; upgrade vllm-intscale, or quantize the model again"
             )
-        _validate_headers(f"{file}: {layer}", parts, scheme)
+        _validate_layer_headers(f"{file}: {layer}", parts, scheme)
     if not layers:
         raise IntScaleError(f"{folder} holds no quantized layer; quantize the model again")
     return config
 
 
-def _validate_headers(where: str, parts: Mapping[str, StoredTensor], scheme: LayerScheme) -> None:
+def _validate_layer_headers(
+    where: str, parts: Mapping[str, StoredTensor], scheme: LayerScheme
+) -> None:
     for name, (dtype, ndim) in _EXPECTED.items():
         if name in parts and (parts[name].dtype, len(parts[name].shape)) != (dtype, ndim):
             raise IntScaleError(

@@ -17,9 +17,9 @@ import typer
 
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import ACCUMULATOR_MAX, Amplifier, CheckpointConfig
-from vllm_intscale.inspection import Inspection, inspect_model
 
 if TYPE_CHECKING:
+    from vllm_intscale.inspection import Inspection
     from vllm_intscale.quantize import Progress, Report
 
 GIB = 2**30
@@ -90,6 +90,7 @@ def quantize(
 
     Weights are rounded to nearest; no calibration data and no GPU are needed.
     """
+    from vllm_intscale.inspection import inspect_model
     from vllm_intscale.quantize import quantize_model
     from vllm_intscale.quantize.stream import check_output
 
@@ -101,7 +102,7 @@ def quantize(
         overrides=dict(map(_parse_override, override or ())),
     )
     if dry_run:
-        check_output(out, folder if (folder := Path(source)).is_dir() else None)
+        check_output(out, Path(source))
         _print_inspection(inspect_model(source, (), revision, config))
         print(f"Disk        {_size(shutil.disk_usage(out.parent).free)} free in {out.parent}")
         return
@@ -127,6 +128,8 @@ def inspect_command(
     Of a model that is not quantized, what `quantize` would make of it. The last line on stdout is
     JSON.
     """
+    from vllm_intscale.inspection import inspect_model
+
     if not all(part.isdecimal() and int(part) for part in tp.split(",")):
         raise IntScaleError(f"--tp {tp}: whole numbers from 1 are needed, separated by commas")
     found = inspect_model(model, [int(part) for part in tp.split(",")], revision)

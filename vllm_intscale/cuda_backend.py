@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
@@ -145,21 +146,19 @@ def kernels(weight: tuple[Tensor, Tensor], dtype: torch.dtype) -> list[jit.Kerne
     return needed
 
 
-_ready: set[tuple[jit.Kernel, int]] = set()  # kernels that `warm_up` has loaded, by device
-
-
 def warm_up(weight: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
     """Compile and load them on the weight's device, so that none compiles while serving.
 
     Raises IntScaleError for a dtype or GPU without kernels, or if CuPy is missing.
     """
-    device = weight[0].device.index
-    missing = [kernel for kernel in kernels(weight, dtype) if (kernel, device) not in _ready]
-    if missing:
-        jit.import_cupy()  # once, before there are threads
-        with ThreadPoolExecutor(len(missing)) as pool:  # NVRTC lets them compile side by side
-            list(pool.map(lambda kernel: jit.load(kernel, device), missing))
-        _ready.update((kernel, device) for kernel in missing)
+    _load_together(tuple(kernels(weight, dtype)), weight[0].device.index)
+
+
+@cache  # layers have few sets of kernels between them
+def _load_together(needed: tuple[jit.Kernel, ...], device: int) -> None:
+    jit.import_cupy()  # once, before there are threads
+    with ThreadPoolExecutor(len(needed)) as pool:  # NVRTC lets them compile side by side
+        list(pool.map(lambda kernel: jit.load(kernel, device), needed))
 
 
 def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:

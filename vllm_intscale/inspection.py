@@ -13,8 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_intscale.checkpoint import CONFIG, StoredTensor, read_config, read_headers
-from vllm_intscale.errors import IntScaleError
+from vllm_intscale.checkpoint import (
+    CONFIG,
+    StoredTensor,
+    read_config,
+    read_headers,
+    validate_headers,
+)
 from vllm_intscale.format import (
     GROUP_SIZES,
     QUANT_METHOD,
@@ -23,7 +28,7 @@ from vllm_intscale.format import (
     LayerScheme,
     largest_group_size,
 )
-from vllm_intscale.quantize.source import decide
+from vllm_intscale.quantize.source import decide, reaching_hub
 
 # How vLLM's models divide the layers of these names among tensor-parallel ranks: by inputs, or not
 # at all (latent attention's first projections). All others are divided by outputs.
@@ -84,13 +89,13 @@ def inspect_model(
     Raises IntScaleError if the source is neither folder nor hub id, or cannot be quantized.
     """
     stored, config = _headers(source, revision)
-    found = config.get("quantization_config")
-    section = found if isinstance(found, dict) else {}
-    quantized = wanted is None and section.get("quant_method") == QUANT_METHOD
+    section = config.get("quantization_config")
+    quantized = isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
+    quantized = quantized and wanted is None
     left: Counter[str] = Counter()
     stored_bytes = sum(tensor.nbytes for tensor in stored.values())
     if quantized:
-        layers, intscale_bytes = _quantized_layers(stored, section), stored_bytes
+        layers, intscale_bytes = _quantized_layers(Path(source), stored, config), stored_bytes
     else:
         matrices = decide(Path(source), stored, config, wanted or CheckpointConfig()).matrices
         layers, intscale_bytes = [], 0
@@ -122,17 +127,11 @@ def _headers(
 ) -> tuple[Mapping[str, StoredTensor], dict[str, Any]]:
     if (folder := Path(source)).is_dir():
         return read_headers(folder), read_config(folder)
-    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    with reaching_hub(source):
+        from huggingface_hub import get_safetensors_metadata, hf_hub_download
 
-    try:
         config = json.loads(Path(hf_hub_download(source, CONFIG, revision=revision)).read_bytes())
         files = get_safetensors_metadata(source, revision=revision).files_metadata
-    except Exception as error:  # any of a dozen types of three libraries
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise IntScaleError(
-            f"{source} is not a folder, and the hub has no such model with safetensors or cannot "
-            f"be reached ({reason}); check the name, the network and, for a gated model, the login"
-        ) from None
     return {
         name: StoredTensor(name, Path(source) / file, info.dtype, tuple(info.shape))
         for file, metadata in files.items()
@@ -141,12 +140,12 @@ def _headers(
 
 
 def _quantized_layers(
-    stored: Mapping[str, StoredTensor], section: Mapping[str, Any]
+    folder: Path, stored: Mapping[str, StoredTensor], config: Mapping[str, Any]
 ) -> list[Layer]:
-    config, layers = CheckpointConfig.from_dict(section), []
+    checkpoint, layers = validate_headers(folder, config, stored), []
     for name, tensor in stored.items():
         layer, _, part = name.rpartition(".")
-        if part == TENSOR_NAMES[0] and (scheme := config.scheme_of(layer)):
+        if part == TENSOR_NAMES[0] and (scheme := checkpoint.scheme_of(layer)):
             n, words = tensor.shape
             layers.append(Layer(layer, n, words * 32 // scheme.bits, scheme))
     return layers

@@ -58,6 +58,7 @@ class Tile(NamedTuple):
         groups = BLOCK_K // group_size
         tables = self.warpgroups * groups * 64 * 16 if form == "fold" else 0
         weights = self.warpgroups * (4096 + groups * 128) + tables
+        # Staging, token scales; pieces, a barrier, and what aligning partial sums may skip.
         fixed = self.warpgroups * (2 * min(self.m, 16) * 128 + max(self.m, 16) * 4) + 112
         return self.m * BLOCK_K + -(-weights // 1024) * 1024, fixed
 

@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,24 +89,31 @@ class Plan:
     config: CheckpointConfig
 
 
-def resolve(source: str, revision: str | None = None) -> Path:
-    """The folder of a model: `source` itself, or the snapshot of this hub id, downloaded."""
-    if (folder := Path(source)).is_dir():
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+@contextmanager
+def reaching_hub(source: str) -> Iterator[None]:
+    """What goes wrong with a hub id, as one IntScaleError; also if `source` cannot be one."""
+    if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         raise IntScaleError(f"{source} is not a folder; name the folder of a model or a hub id")
-    from huggingface_hub import snapshot_download
-
-    # The last two are further copies of the weights, by Mistral and Meta.
-    unused = [*OTHER_WEIGHTS, "consolidated*", "original/*"]
     try:
-        return Path(snapshot_download(source, revision=revision, ignore_patterns=unused))
+        yield
     except Exception as error:  # any of a dozen types of three libraries
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise IntScaleError(
             f"{source} is not a folder, and the hub has no such model or cannot be reached "
             f"({reason}); check the name, the network and, for a gated model, the login"
         ) from None
+
+
+def resolve(source: str, revision: str | None = None) -> Path:
+    """The folder of a model: `source` itself, or the snapshot of this hub id, downloaded."""
+    if (folder := Path(source)).is_dir():
+        return folder
+    with reaching_hub(source):
+        from huggingface_hub import snapshot_download
+
+        # The last two are further copies of the weights, by Mistral and Meta.
+        unused = [*OTHER_WEIGHTS, "consolidated*", "original/*"]
+        return Path(snapshot_download(source, revision=revision, ignore_patterns=unused))
 
 
 def make_plan(folder: Path, wanted: CheckpointConfig) -> Plan:
