@@ -32,6 +32,16 @@ __device__ __forceinline__ T opaque(T v) {
   return v;
 }
 
+__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+}
+// The lowest bytes of four words.
+__device__ __forceinline__ uint32_t lowest_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return permute(permute(a, b, 0x40), permute(c, d, 0x40), 0x5410);
+}
+
 // ---- exactly rounded float32 -------------------------------------------------------------------
 
 __device__ __forceinline__ float mul_rn(float a, float b) {

@@ -13,14 +13,19 @@ struct Operands {           // of a thread
   uint4 low, high;          // tables of the two channels, for the group at hand
 };
 
-struct Addresses {  // of a thread in stage 0
+struct Addresses {  // of a thread, in stage 0
   uint32_t stage, barriers, words, tables, descriptor;
+  uint32_t ones;  // of look_up
 };
 __device__ __forceinline__ Addresses addresses(const Shared& s, int warpgroup, int thread) {
   const uint32_t weights = s.stages + kTokenBytes, tables = weights + kWeightBytes;
   const int channel = warpgroup * kGroups * 64 + channel_of(thread);
-  return {s.stages, s.barriers, opaque(weights + warpgroup * kBlockBytes + thread * 16),
-          opaque(tables + channel * 16), opaque(wgmma_descriptor_low(s.stages))};
+  return {s.stages,
+          s.barriers,
+          opaque(weights + warpgroup * kBlockBytes + thread * 16),
+          opaque(tables + channel * 16),
+          opaque(wgmma_descriptor_low(s.stages)),
+          all_ones()};
 }
 
 __device__ __forceinline__ void load_tables(Operands& v, uint32_t at) {
@@ -63,8 +68,8 @@ __device__ __forceinline__ void unpack(Operands& v, const Addresses& from, const
       load_tables(v, from.tables + ring.offset + step * 32 / GROUP * 64 * 16);
     }
     uint32_t (&a)[4] = v.a[first / BATCH % 2][j];
-    look_up(a[0], a[2], v.words[2 * step], v.low);
-    look_up(a[1], a[3], v.words[2 * step + 1], v.high);
+    look_up(a[0], a[2], v.words[2 * step], v.low, from.ones);
+    look_up(a[1], a[3], v.words[2 * step + 1], v.high, from.ones);
   }
 }
 

@@ -72,8 +72,8 @@ constexpr bool kPartialsInRing = TILE_M >= 128;
 // Registers of a thread: at launch, of the last warpgroup, of the others.
 constexpr int kRegisters = 65536 / (kThreads * MIN_BLOCKS) / 8 * 8;
 constexpr int kLoadRegisters = 40;
-constexpr int kMultiplyRegisters =
-    (kRegisters * (WARPGROUPS + 1) - kLoadRegisters) / WARPGROUPS / 8 * 8;
+constexpr int kAvailable = (kRegisters * (WARPGROUPS + 1) - kLoadRegisters) / WARPGROUPS / 8 * 8;
+constexpr int kMultiplyRegisters = kAvailable < 232 ? kAvailable : 232;
 
 #if DTYPE == INT32
 using Out = int;

@@ -22,7 +22,8 @@ from vllm_intscale.packing import unpack_codes
 from vllm_intscale.sm80_gemm import Routing
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.int32: 2}  # DTYPE in common.cuh
-ROW_THREADS = 256  # kThreads of activation.cu
+ROW_THREADS = 256
+HELD_COLUMNS = 16  # of a thread of quantize_activation, kHeld * kVector of activation.cu
 MAX_ROW_BYTES = 96 * 1024  # shared memory for one row of silu_mul_quantize
 
 
@@ -174,7 +175,8 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
     if m:
         kernel = _row_kernel("quantize_activation", x.dtype)
         args = (x, a8, token_scale, *map(np.int64, (k, x.stride(0), a8.shape[1])))
-        jit.launch(kernel, x.device, (m,), ROW_THREADS, args, overlap=True)
+        threads = min(1024, -(-k // (32 * HELD_COLUMNS)) * 32)
+        jit.launch(kernel, x.device, (m,), threads, args, overlap=True)
     return a8, token_scale
 
 

@@ -108,24 +108,24 @@ class Tile(NamedTuple):
 
 # The last number: microseconds that 128 k take on an H100 full of such blocks.
 TILES = (
-    Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=0.44),
+    Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=0.37),
     Tile(m=16, warpgroups=1, stages=6, blocks=4, batch=2, block_us=0.47),
-    Tile(m=16, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.56),
-    Tile(m=32, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.44),
-    Tile(m=32, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.57),
-    Tile(m=64, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.36),
-    Tile(m=64, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.41),
-    Tile(m=128, warpgroups=1, stages=4, blocks=2, batch=2, block_us=0.44),
-    Tile(m=128, warpgroups=2, stages=7, blocks=1, batch=2, block_us=0.34),
-    Tile(m=128, warpgroups=3, stages=6, blocks=1, batch=2, block_us=0.54),
-    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.57),
-    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.49, share=2),
+    Tile(m=32, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.45),
+    Tile(m=32, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.56),
+    Tile(m=64, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.40),
+    Tile(m=64, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.50),
+    Tile(m=128, warpgroups=1, stages=4, blocks=2, batch=2, block_us=0.46),
+    Tile(m=128, warpgroups=2, stages=7, blocks=1, batch=2, block_us=0.39),
+    Tile(m=128, warpgroups=3, stages=6, blocks=1, batch=2, block_us=0.55),
+    Tile(m=256, warpgroups=1, stages=5, blocks=1, batch=2, block_us=0.36),
+    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.62),
+    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.44, share=2),
 )
 
 
 def tiles(form: str) -> tuple[Tile, ...]:
     """Those that a form can use: accumulating needs a second set of accumulators."""
-    large = {(64, 2), (128, 3), (256, 2)}
+    large = {(64, 2), (128, 3), (256, 1), (256, 2)}
     return tuple(t for t in TILES if form == "fold" or (t.m, t.warpgroups) not in large)
 
 
@@ -141,7 +141,7 @@ def choose(
 
     The fastest by a model of the time, fitted to what `bench.tiles` measures: waves of blocks, each
     as long as its blocks of k take. Where tokens are few, memory is what blocks share, and a
-    started wave costs only its share; clusters of more than two blocks leave some multiprocessors
+    started wave costs about half of its rest; clusters of more than two blocks leave some multiprocessors
     without a whole one; streaming costs no waves, but the exchange of partial sums. Tiles that
     share tokens count for what they save where the chip is at its limit of power.
     """
@@ -153,22 +153,24 @@ def choose(
         slots = multiprocessors * resident // tile.share
         tiles = -(-n // tile.n) * -(-m // tile.m)
         size = tile.m * tile.warpgroups / 512  # of the largest tile
-        start_us = 0.02 * splits + 3.1 * (tile.share - 1)
+        start_us = 7.0 * (tile.share - 1)
         if splits == STREAMED:
             waves = tiles / slots
             if waves > 1 and math.ceil(waves) < 1.06 * waves:
                 return math.inf  # little to win
             clusters = min(slots, tiles * k_blocks)
-            exchange_us = 4.9 + 3.2 * size * (1 + max(1.0, clusters / tiles))
+            exchange_us = 7.7 + 0.74 * size * (1 + max(1.0, clusters / tiles))
             return start_us + tiles * k_blocks / clusters * tile.block_us + exchange_us
+        start_us += 0.19 * (splits - 1)
         waves = tiles * splits / (slots * (1.0 if splits <= 2 else 0.85))
         if splits > 1 and waves > 1:
             return math.inf  # never won
-        waves = max(1.0, waves) if tile.m < 64 and splits == 1 else math.ceil(waves)
+        started = math.ceil(waves) - waves
+        waves = max(1.0, waves + (0.45 if tile.m < 64 and splits == 1 else 1.0) * started)
         fill = min(1.0, tiles * splits * tile.share / (multiprocessors * tile.blocks))
-        block_us = tile.block_us * (0.72 + 0.28 * fill)
-        output_us = (3.1 if splits == 1 else 7.2) * size
-        return start_us + waves * (k_blocks / splits * block_us + output_us)
+        block_us = tile.block_us * (0.5 + 0.5 * fill)
+        output_us = (2.2 if splits == 1 else 5.7) * size
+        return start_us + waves * (math.ceil(k_blocks / splits) * block_us + output_us)
 
     options = [
         (tile, splits)
