@@ -6,8 +6,8 @@
 
 // The blocks of weights of a tile, which lie in pairs (k_blocks pairs in a row): where pairs are
 // split between tiles, each block is a copy of its own.
-constexpr int kCopies = WARPGROUPS == 1 ? 1 : WARPGROUPS % 2 == 0 ? WARPGROUPS / 2 : WARPGROUPS;
-constexpr int kCopyBlocks = WARPGROUPS / kCopies;
+constexpr int kCopies = kChannelBlocks % 2 == 0 ? kChannelBlocks / 2 : kChannelBlocks;
+constexpr int kCopyBlocks = kChannelBlocks / kCopies;
 
 // Tokens of a stage. Blocks that share them copy a part each, to all.
 __device__ __forceinline__ void copy_tokens(uint32_t stage, const int8_t* tokens, int bytes,
@@ -113,9 +113,9 @@ __device__ __forceinline__ void build_tables(const Problem& p, const Shared& s, 
   for (int number = 0; receive(s, number, piece); ++number) {
     received(s, number, piece);
     const Tile t = piece.tile;
-    float unit[WARPGROUPS][2];
+    float unit[kChannelBlocks][2];
 #pragma unroll
-    for (int i = 0; i < WARPGROUPS * 2; ++i) {
+    for (int i = 0; i < kChannelBlocks * 2; ++i) {
       const int channel = t.n0 + i / 2 * 64 + lane * 2 + i % 2;
       unit[i / 2][i % 2] = channel < (p.n + 127) / 128 * 128 ? p.unit[channel] : 0.0f;
     }
@@ -125,7 +125,7 @@ __device__ __forceinline__ void build_tables(const Problem& p, const Shared& s, 
       barrier_wait(barriers + kFull, ring.parity);
       if (turn == 0) {
 #pragma unroll
-        for (int i = 0; i < WARPGROUPS * kGroups; ++i) {  // block, group
+        for (int i = 0; i < kChannelBlocks * kGroups; ++i) {  // block, group
           const int block = i / kGroups, group = i % kGroups;
           uint32_t fields;
           asm volatile("ld.shared.u32 %0, [%1];"

@@ -19,10 +19,11 @@ struct Addresses {  // of a thread, in stage 0
 };
 __device__ __forceinline__ Addresses addresses(const Shared& s, int warpgroup, int thread) {
   const uint32_t weights = s.stages + kTokenBytes, tables = weights + kWeightBytes;
-  const int channel = warpgroup * kGroups * 64 + channel_of(thread);
+  const int block = channel_block(warpgroup);
+  const int channel = block * kGroups * 64 + channel_of(thread);
   return {s.stages,
           s.barriers,
-          opaque(weights + warpgroup * kBlockBytes + thread * 16),
+          opaque(weights + block * kBlockBytes + thread * 16),
           opaque(tables + channel * 16),
           opaque(wgmma_descriptor_low(s.stages)),
           all_ones()};
@@ -127,7 +128,7 @@ __device__ __forceinline__ void multiply_stage(Accumulator (&acc)[kAccumulators]
       unpack(v, from, ring, 0);
     }
     if (step + 2 * BATCH == kSteps) {  // all words of this stage are unpacked
-      ring.advance();
+      ring.advance<SLICES>();
       if (more) load_weights(v, from, ring);
     }
 #if !FOLD
@@ -143,23 +144,24 @@ __device__ __forceinline__ void multiply_stage(Accumulator (&acc)[kAccumulators]
   previous = from.barriers + now.barriers() + kEmpty + read;
 }
 
-// acc <- the products of k_count blocks of 128 k of one tile.
+// acc <- the products of `stages` blocks of 128 k of one tile.
 __device__ __forceinline__ void multiply(Accumulator (&acc)[kAccumulators], const Shared& s,
-                                         Ring& ring, int k_count, int warpgroup, int thread) {
+                                         Ring& ring, int stages, int warpgroup, int thread) {
   const Addresses from = addresses(s, warpgroup, thread);
   Operands v;
   int partial[kAccumulators];
-#if !FOLD
+  if (!FOLD || SLICES > 1) {
 #pragma unroll
-  for (int i = 0; i < kAccumulators; ++i) acc[i] = 0;
-#endif
+    for (int i = 0; i < kAccumulators; ++i) acc[i] = 0;
+  }
+  if (SLICES > 1 && stages == 0) return;
   load_weights(v, from, ring);
   unpack(v, from, ring, 0);
   uint32_t previous = 0;  // barrier of the stage that is still being read
-  for (int i = 0; i < k_count - 1; ++i) {
+  for (int i = 0; i < stages - 1; ++i) {
     multiply_stage<true>(acc, partial, v, from, ring, previous, i == 0);
   }
-  multiply_stage<false>(acc, partial, v, from, ring, previous, k_count == 1);
+  multiply_stage<false>(acc, partial, v, from, ring, previous, stages == 1);
   wgmma_wait<0>();
   // An arrival overtakes loads that queue behind stores of other warps. In the loop, and for the
   // words, what is loaded is needed before; for scales, the address depends on them.

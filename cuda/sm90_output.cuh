@@ -43,7 +43,8 @@ struct Writer {
       : p(p), t(t) {}
 
   __device__ __forceinline__ void write(int unit, const Accumulator* acc, int) const {
-    const int lane = threadIdx.x % 32, channel = t.n0 + threadIdx.x / 32 * 16 + lane / 4;
+    const int lane = threadIdx.x % 32, block = channel_block(threadIdx.x / 128);
+    const int channel = t.n0 + block * 64 + channel_of(threadIdx.x % 128);
 #pragma unroll
     for (int i = 0; i < 4 * kUnitBlocks; ++i) {
       const int token = t.m0 + (unit * kUnitBlocks + i / 4) * 8 + lane % 4 * 2 + i % 2;
@@ -51,9 +52,10 @@ struct Writer {
       if (token < p.m && n < p.n) p.out[int64_t(token) * row_of_outputs(p) + n] = Out(acc[i]);
     }
   }
-  __device__ __forceinline__ void write_all(const Accumulator* acc) const {
+  template <int first, int end>
+  __device__ __forceinline__ void write(const Accumulator* acc) const {
 #pragma unroll
-    for (int unit = 0; unit < kUnits; ++unit) write(unit, acc + unit * kUnitBlocks * 4, 0);
+    for (int unit = first; unit < end; ++unit) write(unit, acc + unit * kUnitBlocks * 4, 0);
   }
 };
 #else
@@ -73,7 +75,7 @@ class Writer {
     store_at_ = staging + stored_row * 128 + (stored_column ^ stored_row % 8) * 16;
     const int row = warp * kUnitBlocks * 2 + lane / 8, column = lane % 8;
     load_at_ = staging + row * 128 + (column ^ row % 8) * 16;
-    const int token = t.m0 + row, channel = t.n0 + warpgroup * 64 + column * 8;
+    const int token = t.m0 + row, channel = t.n0 + channel_block(warpgroup) * 64 + column * 8;
     rows_ = channel < p.n && lane / 8 < kUnitBlocks * 2 ? p.m - token : 0;
     unit_step_ = kUnitBlocks * 8 * row_of_outputs(p);
     out_ = p.out + int64_t(token) * row_of_outputs(p) + channel;
@@ -84,20 +86,21 @@ class Writer {
     named_barrier(barrier_, 128);
     store(unit, staged(buffer));
   }
-  // The same for all units. What is loaded is used a step later, or two.
-  __device__ __forceinline__ void write_all(const Accumulator* acc) const {
-    uint4 scales[2] = {token_scales(0)}, outputs;
-    if (kUnits > 1) scales[1] = token_scales(1);
+  // The same for units `first` to `end`. What is loaded is used a step later, or two.
+  template <int first, int end>
+  __device__ __forceinline__ void write(const Accumulator* acc) const {
+    uint4 scales[2] = {token_scales(first)}, outputs;
+    if (first + 1 < end) scales[1] = token_scales(first + 1);
 #pragma unroll
-    for (int unit = 0; unit < kUnits; ++unit) {
+    for (int unit = first; unit < end; ++unit) {
       const Words words = scale_outputs(acc + unit * kUnitBlocks * 4, scales[unit % 2]);
-      if (unit > 0) store(unit - 1, outputs);
+      if (unit > first) store(unit - 1, outputs);
       stage(words, unit % 2);
-      if (unit + 2 < kUnits) scales[unit % 2] = token_scales(unit + 2);
+      if (unit + 2 < end) scales[unit % 2] = token_scales(unit + 2);
       named_barrier(barrier_, 128);
       outputs = staged(unit % 2);
     }
-    store(kUnits - 1, outputs);
+    store(end - 1, outputs);
   }
 
  private:
@@ -146,6 +149,33 @@ class Writer {
   Out* out_;
 };
 #endif
+
+// Adds the accumulators of two warpgroups that have the same channels: each gets one half of the
+// tokens from the other, through the ring, which both have read for the last time.
+template <int slice>
+__device__ __forceinline__ void add_slices_and_write(const Problem& p, const Shared& s,
+                                                     const Tile& t,
+                                                     Accumulator (&acc)[kAccumulators],
+                                                     const ChannelScales& c, int thread) {
+  constexpr int kHalf = kAccumulators / 2, kHalfBytes = kHalf * 4 * 128;
+  static_assert(SLICES == 1 || 2 * kHalfBytes <= STAGES * kStageBytes);
+  const uint32_t received = s.stages + slice * kHalfBytes + thread * 16;
+  const uint32_t sent = s.stages + (1 - slice) * kHalfBytes + thread * 16;
+  named_barrier(1 + WARPGROUPS, kMultipliers);
+#pragma unroll
+  for (int i = 0; i < kHalf; i += 4) {
+    const Accumulator* x = acc + (1 - slice) * kHalf + i;
+    store_shared(sent + i * 512, make_uint4(x[0], x[1], x[2], x[3]));
+  }
+  named_barrier(1 + WARPGROUPS, kMultipliers);
+#pragma unroll
+  for (int i = 0; i < kHalf; i += 4) {
+    Accumulator* sum = acc + slice * kHalf + i;
+    const uint4 v = load_shared(received + i * 512);
+    sum[0] += int(v.x), sum[1] += int(v.y), sum[2] += int(v.z), sum[3] += int(v.w);
+  }
+  Writer(p, s, t, c).template write<slice * kUnits / 2, (slice + 1) * kUnits / 2>(acc);
+}
 
 // Adds the accumulators of the cluster's blocks. Block `rank` gets and writes every size-th unit.
 __device__ __forceinline__ void reduce_and_write(const Problem& p, const Shared& s, const Tile& t,

@@ -17,7 +17,7 @@
 // channels here, and each of their blocks one of the neighbours, all of its k.
 __device__ __forceinline__ int split_size() { return SHARE > 1 ? 1 : cluster_size(); }
 __device__ __forceinline__ int split_rank() { return SHARE > 1 ? 0 : cluster_rank(); }
-constexpr int kClusterN = 64 * WARPGROUPS * SHARE;
+constexpr int kClusterN = 64 * kChannelBlocks * SHARE;
 
 __device__ __forceinline__ int tiles_along_n(const Problem& p) {
   return (p.n + kClusterN - 1) / kClusterN;
@@ -42,7 +42,7 @@ __device__ __forceinline__ Tile tile_at(const Problem& p, int index) {
   constexpr int kGroup = 4096 / TILE_M;
   const int of_group = tiles_along_n(p) * kGroup, m_first = index / of_group * kGroup;
   const int m_count = min(kGroup, tiles_along_m(p) - m_first), at = index % of_group;
-  const int n0 = at / m_count * kClusterN + blockIdx.x % SHARE * 64 * WARPGROUPS;
+  const int n0 = at / m_count * kClusterN + blockIdx.x % SHARE * 64 * kChannelBlocks;
   return {n0, (m_first + at % m_count) * TILE_M};
 }
 

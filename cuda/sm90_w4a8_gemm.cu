@@ -13,8 +13,10 @@
 //   out           DTYPE [m, n rounded up to 8]; with -DDTYPE=INT32 the accumulators
 //   partials      int32 [blocks of the grid][tile], scratch; read if whole_tiles < tiles
 //   grid          clusters of 1 to 8 blocks of 128 * (WARPGROUPS + 1) threads. A tile is TILE_M
-//                 tokens x 64 * WARPGROUPS channels; who computes which: sm90_schedule.cuh. With
-//                 SHARE=2 clusters are two blocks, neighbours in n, that load their tokens together
+//                 tokens x 64 * WARPGROUPS / SLICES channels; who computes which:
+//                 sm90_schedule.cuh. With SHARE=2 clusters are two blocks, neighbours in n, that
+//                 load their tokens together. With SLICES=2 two warpgroups multiply the stages of
+//                 the same channels in turn; grid: a block for each tile
 //   May be launched to overlap the kernels before (the quantizer overlaps, too): weights load
 //   first, a8 once they are done. So none of them may write the weights.
 //
@@ -29,7 +31,7 @@
 // One stage of shared memory is 128 k of a tile:
 //
 //   tokens [TILE_M][128]    the B operand, swizzled as it lies in global memory
-//   weights [WARPGROUPS][block], tables [WARPGROUPS][128 / GROUP][64][16] (FOLD=1)
+//   weights [kChannelBlocks][block], tables [kChannelBlocks][128 / GROUP][64][16] (FOLD=1)
 //
 //     load warp ---full--> table warps (3) ---ready--> multiplying warpgroups ---empty--> load warp
 //
@@ -41,15 +43,16 @@
 
 constexpr int kThreads = 128 * (WARPGROUPS + 1);  // the last warpgroup loads and builds tables
 constexpr int kMultipliers = 128 * WARPGROUPS;
+constexpr int kChannelBlocks = WARPGROUPS / SLICES;  // of 64 channels, of a tile
 constexpr int kTableWarps = 3;
 constexpr int kStageK = 128;
 constexpr int kGroups = kStageK / GROUP;
 constexpr int kSteps = kStageK / 32;
 constexpr int kNibbleBytes = 64 * kStageK / 2;
 constexpr int kBlockBytes = kNibbleBytes + kGroups * 64 * 2;
-constexpr int kWeightBytes = WARPGROUPS * kBlockBytes;
+constexpr int kWeightBytes = kChannelBlocks * kBlockBytes;
 constexpr int kTokenBytes = TILE_M * kStageK;
-constexpr int kTableBytes = FOLD ? WARPGROUPS * kGroups * 64 * 16 : 0;
+constexpr int kTableBytes = FOLD ? kChannelBlocks * kGroups * 64 * 16 : 0;
 constexpr int kStageBytes = kTokenBytes + (kWeightBytes + kTableBytes + 1023) / 1024 * 1024;
 constexpr int kFull = 0, kReady = 8, kEmpty = 16;  // barriers of a stage, see Ring
 constexpr int kTokenBlocks = TILE_M / 8;           // a thread holds 2 channels x 2 tokens of each
@@ -86,6 +89,11 @@ using Accumulator = float;
 using Accumulator = int;
 #endif
 
+// Of a multiplying warpgroup's channels.
+__device__ __forceinline__ int channel_block(int warpgroup) {
+  return SLICES > 1 ? warpgroup % kChannelBlocks : warpgroup;
+}
+
 struct Problem {
   const int8_t* a8;
   const float* token_scale;
@@ -111,9 +119,14 @@ struct Ring {
   uint32_t parity = 0;
   // Of the stage's barriers: a power of two of the other, which costs the least to compute.
   __device__ __forceinline__ uint32_t barriers() const { return offset / 128; }
+  template <int stages = 1>
   __device__ __forceinline__ void advance() {
-    offset += kStageBytes;
-    if (offset == STAGES * kStageBytes) offset = 0, parity ^= 1;
+    constexpr uint32_t kEnd = STAGES * kStageBytes;
+    offset += stages * kStageBytes;
+    if (stages == 1 ? offset == kEnd : offset >= kEnd) {
+      offset = stages == 1 ? 0 : offset - kEnd;
+      parity ^= 1;
+    }
   }
 };
 
@@ -179,14 +192,16 @@ __device__ __forceinline__ void received(const Shared& s, int number, const Piec
 #include "sm90_multiply.cuh"
 #include "sm90_output.cuh"
 
-__device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& s) {
+// `slice`: which of the stages in turn; uniform for the compiler, too.
+__device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& s, int slice) {
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
   wait_for_previous_kernel();  // it may have written the token scales
   Ring ring;
+  if (SLICES > 1) ring.offset = slice * kStageBytes;
   Piece piece;
   for (int number = 0; receive(s, number, piece); ++number) {
     // What the output needs is under way while the tile is multiplied.
-    const int channel = piece.tile.n0 + warpgroup * 64 + channel_of(thread);
+    const int channel = piece.tile.n0 + channel_block(warpgroup) * 64 + channel_of(thread);
     const ChannelScales c = load_channel_scales(p, channel);
     wait_copies<0>();                   // of a piece that did not need them
     named_barrier(1 + warpgroup, 128);  // the token scales of the tile before have been read
@@ -197,7 +212,8 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
     }
     commit_copies();
     Accumulator acc[kAccumulators];
-    multiply(acc, s, ring, piece.k_count, warpgroup, thread);
+    const int stages = (piece.k_count + SLICES - 1 - slice) / SLICES;
+    multiply(acc, s, ring, stages, warpgroup, thread);
     piece = read_piece(s, number);  // again, to leave its registers to the multiplication
     received(s, number, piece);
     if (piece.followers == kLeft) {
@@ -207,10 +223,13 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
     if (piece.followers > 0) add_partials(acc, s, ring, piece.followers, warpgroup, thread);
     wait_copies<0>();
     named_barrier(1 + warpgroup, 128);  // the token scales of this tile are there
-    if (split_size() > 1) {
+    if (SLICES > 1) {
+      slice == 0 ? add_slices_and_write<0>(p, s, piece.tile, acc, c, thread)
+                 : add_slices_and_write<1>(p, s, piece.tile, acc, c, thread);
+    } else if (split_size() > 1) {
       reduce_and_write(p, s, piece.tile, acc, c, split_rank(), split_size());
     } else {
-      Writer(p, s, piece.tile, c).write_all(acc);
+      Writer(p, s, piece.tile, c).write<0, kUnits>(acc);
     }
     if (piece.followers > 0) return;  // it was the last, and `ring` is out of date
   }
@@ -240,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
       const uint32_t at = s.barriers + i * kStageBytes / 128;
       barrier_init(at + kFull, 1);
       barrier_init(at + kReady, 1);
-      barrier_init(at + kEmpty, SHARE * kMultipliers / 32);
+      barrier_init(at + kEmpty, SHARE * kChannelBlocks * 4);  // warps
     }
     for (int i = 0; i < 2; ++i) {
       barrier_init(s.pieces + i * kSlotBytes + kAnnounced, 1);
@@ -259,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
   if (warp / 4 < WARPGROUPS) {
     raise_registers<kMultiplyRegisters>();
     if (clustered) cluster_wait();  // the others' barriers exist
-    multiply_pieces(p, s);
+    multiply_pieces(p, s, SLICES > 1 ? warp / 4 / kChannelBlocks : 0);
   } else {
     lower_registers<kLoadRegisters>();
     if (SHARE > 1) cluster_wait();  // the same, for copies to them

@@ -77,7 +77,7 @@ def variants(
     every = [
         (tile, s)
         for tile in tiles
-        for s in (STREAMED, *tile.splits(k, group_size, family))
+        for s in tile.splits(k, group_size, family)
         if s in (STREAMED, *splits)
     ]
     return [*every, (None, None)]

@@ -33,7 +33,8 @@ class Tile(NamedTuple):
     """Tokens x channels of a block, and what it keeps in flight.
 
     blocks: that share a multiprocessor; batch: k-steps whose multiplications are issued at once;
-    block_us: for `choose`; share: neighbouring blocks that load their tokens together.
+    block_us: for `choose`; share: neighbouring blocks that load their tokens together; slices:
+    warpgroups that multiply the same channels, each some of their k.
     """
 
     m: int
@@ -43,11 +44,12 @@ class Tile(NamedTuple):
     batch: int
     block_us: float
     share: int = 1
+    slices: int = 1
 
     @property
     def n(self) -> int:
         """Channels of what is scheduled as one: of a block, or of blocks that share tokens."""
-        return 64 * self.warpgroups * self.share
+        return 64 * self.warpgroups // self.slices * self.share
 
     @property
     def threads(self) -> int:
@@ -56,8 +58,9 @@ class Tile(NamedTuple):
     def _bytes(self, group_size: int, form: str) -> tuple[int, int]:
         """Bytes of a stage without its barriers, and of what is there once."""
         groups = BLOCK_K // group_size
-        tables = self.warpgroups * groups * 64 * 16 if form == "fold" else 0
-        weights = self.warpgroups * (4096 + groups * 128) + tables
+        channel_blocks = self.warpgroups // self.slices
+        tables = channel_blocks * groups * 64 * 16 if form == "fold" else 0
+        weights = channel_blocks * (4096 + groups * 128) + tables
         # Staging, token scales; pieces, a barrier, and what aligning partial sums may skip.
         fixed = self.warpgroups * (2 * min(self.m, 16) * 128 + max(self.m, 16) * 4) + 112
         return self.m * BLOCK_K + -(-weights // 1024) * 1024, fixed
@@ -71,11 +74,14 @@ class Tile(NamedTuple):
         )
 
     def splits(self, k: int, group_size: int, form: str) -> list[int]:
-        """Into how many blocks the K of a tile can be split."""
-        if self.share > 1:
+        """Into how many blocks the K of a tile can be split; or STREAMED."""
+        if self.slices > 1:
             return [1]
+        if self.share > 1:
+            return [STREAMED, 1]
         possible = range(1, min(MAX_SPLITS, -(-k // BLOCK_K)) + 1)
-        return [s for s in possible if self.shared_bytes(group_size, form, s) <= SHARED_BYTES]
+        fitting = [s for s in possible if self.shared_bytes(group_size, form, s) <= SHARED_BYTES]
+        return [STREAMED, *fitting]
 
     def shared_bytes(self, group_size: int, form: str, splits: int) -> int:
         stage, fixed = self._bytes(group_size, form)
@@ -98,6 +104,7 @@ class Tile(NamedTuple):
             "GROUP": group_size,
             "FOLD": int(form == "fold"),
             "SHARE": self.share,
+            "SLICES": self.slices,
             "FLOAT_SCALE": int(float_scale),
             "DTYPE": dtype_code,
         }
@@ -108,25 +115,27 @@ class Tile(NamedTuple):
 
 # The last number: microseconds that 128 k take on an H100 full of such blocks.
 TILES = (
-    Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=0.37),
+    Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=0.44),
     Tile(m=16, warpgroups=1, stages=6, blocks=4, batch=2, block_us=0.47),
-    Tile(m=32, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.45),
-    Tile(m=32, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.56),
-    Tile(m=64, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.40),
-    Tile(m=64, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.50),
-    Tile(m=128, warpgroups=1, stages=4, blocks=2, batch=2, block_us=0.46),
-    Tile(m=128, warpgroups=2, stages=7, blocks=1, batch=2, block_us=0.39),
+    Tile(m=32, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.47),
+    Tile(m=32, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.62),
+    Tile(m=64, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.42),
+    Tile(m=64, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.54),
+    Tile(m=128, warpgroups=2, stages=8, blocks=1, batch=2, block_us=0.22, slices=2),
+    Tile(m=128, warpgroups=2, stages=7, blocks=1, batch=2, block_us=0.38),
     Tile(m=128, warpgroups=3, stages=6, blocks=1, batch=2, block_us=0.55),
     Tile(m=256, warpgroups=1, stages=5, blocks=1, batch=2, block_us=0.36),
-    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.62),
-    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.44, share=2),
+    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.63),
+    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.55, share=2),
 )
 
 
 def tiles(form: str) -> tuple[Tile, ...]:
     """Those that a form can use: accumulating needs a second set of accumulators."""
     large = {(64, 2), (128, 3), (256, 1), (256, 2)}
-    return tuple(t for t in TILES if form == "fold" or (t.m, t.warpgroups) not in large)
+    if form == "fold":
+        return TILES
+    return tuple(t for t in TILES if (t.m, t.warpgroups) not in large and t.slices == 1)
 
 
 @cache
@@ -140,10 +149,10 @@ def choose(
     """Tile and number of blocks that share a tile's k, for M tokens, N channels, K inputs.
 
     The fastest by a model of the time, fitted to what `bench.tiles` measures: waves of blocks, each
-    as long as its blocks of k take. Where tokens are few, memory is what blocks share, and a
-    started wave costs about half of its rest; clusters of more than two blocks leave some multiprocessors
-    without a whole one; streaming costs no waves, but the exchange of partial sums. Tiles that
-    share tokens count for what they save where the chip is at its limit of power.
+    as long as its blocks of k take. Where tokens are few, memory is what blocks share, and what a
+    started wave leaves idle costs only half; clusters of more than two blocks leave some
+    multiprocessors without a whole one; streaming costs no waves, but the exchange of partial sums.
+    Tiles that share tokens count for what they save where the chip is at its limit of power.
     """
     k_blocks = -(-k // BLOCK_K)
 
@@ -153,30 +162,30 @@ def choose(
         slots = multiprocessors * resident // tile.share
         tiles = -(-n // tile.n) * -(-m // tile.m)
         size = tile.m * tile.warpgroups / 512  # of the largest tile
-        start_us = 7.0 * (tile.share - 1)
+        start_us = 2.8 * (tile.share - 1)
         if splits == STREAMED:
             waves = tiles / slots
             if waves > 1 and math.ceil(waves) < 1.06 * waves:
                 return math.inf  # little to win
             clusters = min(slots, tiles * k_blocks)
-            exchange_us = 7.7 + 0.74 * size * (1 + max(1.0, clusters / tiles))
+            exchange_us = 5.1 + 1.8 * size * (1 + max(1.0, clusters / tiles))
             return start_us + tiles * k_blocks / clusters * tile.block_us + exchange_us
-        start_us += 0.19 * (splits - 1)
-        waves = tiles * splits / (slots * (1.0 if splits <= 2 else 0.85))
+        start_us += 0.1 * (splits - 1)
+        waves = tiles * splits / (slots * (1.0 if splits <= 2 else 0.84))
         if splits > 1 and waves > 1:
             return math.inf  # never won
         started = math.ceil(waves) - waves
-        waves = max(1.0, waves + (0.45 if tile.m < 64 and splits == 1 else 1.0) * started)
+        waves = max(1.0, waves + (0.44 if tile.m < 64 and splits == 1 else 1.0) * started)
         fill = min(1.0, tiles * splits * tile.share / (multiprocessors * tile.blocks))
-        block_us = tile.block_us * (0.5 + 0.5 * fill)
-        output_us = (2.2 if splits == 1 else 5.7) * size
+        block_us = tile.block_us * (0.38 + 0.62 * fill)
+        output_us = (3.0 if splits == 1 else 6.1) * size
         return start_us + waves * (math.ceil(k_blocks / splits) * block_us + output_us)
 
     options = [
         (tile, splits)
         for tile in tiles(form)
         if tile.m < 2 * max(m, 8)
-        for splits in (STREAMED, *tile.splits(k, group_size, form))
+        for splits in tile.splits(k, group_size, form)
     ]
     return min(options, key=lambda option: cost(*option))
 
@@ -348,7 +357,7 @@ def _plan(
         whole_tiles = max(0, tiles // clusters - 1) * clusters
         partials = clusters * tile.m * tile.n
         assert 4 * clusters * tile.share * tile.warpgroups <= FLAG_BYTES
-    elif splits > 1:
+    elif splits > 1 or tile.slices > 1:
         clusters = tiles
     cluster = tile.share if splits <= 1 else splits
     return Plan(

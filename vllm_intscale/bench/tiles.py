@@ -31,7 +31,7 @@ def variants(m: int, n: int, k: int, form: str) -> list[tuple[int, int]]:
         if tile in sm90_gemm.tiles(form)
         and tile.m < 2 * max(m, 8)
         and min(m, MAX_TILES * 64) <= MAX_TILES * tile.m
-        for splits in (sm90_gemm.STREAMED, *tile.splits(k, GROUP, form))
+        for splits in tile.splits(k, GROUP, form)
         # More than three waves of clusters never won.
         if splits <= 1 or -(-n // tile.n) * -(-m // tile.m) * splits <= 3 * 132 * tile.blocks
     ]
