@@ -150,31 +150,44 @@ class Writer {
 };
 #endif
 
-// Adds the accumulators of two warpgroups that have the same channels: each gets one half of the
-// tokens from the other, through the ring, which both have read for the last time.
+// Two warpgroups that have the same channels add their accumulators: each sends one half of the
+// tokens to the other, through the ring, and adds and writes what it gets.
+constexpr int kHalf = kAccumulators / 2, kHalfBytes = kHalf * 4 * 128;
+static_assert(SLICES == 1 || SLICES * kHalfBytes <= STAGES * kStageBytes);
+
 template <int slice>
-__device__ __forceinline__ void add_slices_and_write(const Problem& p, const Shared& s,
-                                                     const Tile& t,
-                                                     Accumulator (&acc)[kAccumulators],
-                                                     const ChannelScales& c, int thread) {
-  constexpr int kHalf = kAccumulators / 2, kHalfBytes = kHalf * 4 * 128;
-  static_assert(SLICES == 1 || 2 * kHalfBytes <= STAGES * kStageBytes);
-  const uint32_t received = s.stages + slice * kHalfBytes + thread * 16;
-  const uint32_t sent = s.stages + (1 - slice) * kHalfBytes + thread * 16;
-  named_barrier(1 + WARPGROUPS, kMultipliers);
+__device__ __forceinline__ void send_half(const Shared& s, const Accumulator (&acc)[kAccumulators],
+                                          int thread) {
+  const uint32_t to = s.stages + (1 - slice) * kHalfBytes + thread * 16;
 #pragma unroll
   for (int i = 0; i < kHalf; i += 4) {
     const Accumulator* x = acc + (1 - slice) * kHalf + i;
-    store_shared(sent + i * 512, make_uint4(x[0], x[1], x[2], x[3]));
+    store_shared(to + i * 512, make_uint4(x[0], x[1], x[2], x[3]));
   }
-  named_barrier(1 + WARPGROUPS, kMultipliers);
+}
+template <int slice>
+__device__ __forceinline__ void add_and_write_half(const Problem& p, const Shared& s, const Tile& t,
+                                                   Accumulator (&acc)[kAccumulators],
+                                                   const ChannelScales& c, int thread) {
+  const uint32_t from = s.stages + slice * kHalfBytes + thread * 16;
 #pragma unroll
   for (int i = 0; i < kHalf; i += 4) {
     Accumulator* sum = acc + slice * kHalf + i;
-    const uint4 v = load_shared(received + i * 512);
+    const uint4 v = load_shared(from + i * 512);
     sum[0] += int(v.x), sum[1] += int(v.y), sum[2] += int(v.z), sum[3] += int(v.w);
   }
   Writer(p, s, t, c).template write<slice * kUnits / 2, (slice + 1) * kUnits / 2>(acc);
+}
+__device__ __forceinline__ void add_slices_and_write(const Problem& p, const Shared& s,
+                                                     const Tile& t,
+                                                     Accumulator (&acc)[kAccumulators],
+                                                     const ChannelScales& c, int slice,
+                                                     int thread) {
+  named_barrier(1 + WARPGROUPS, kMultipliers);  // both have read the ring for the last time
+  slice == 0 ? send_half<0>(s, acc, thread) : send_half<1>(s, acc, thread);
+  named_barrier(1 + WARPGROUPS, kMultipliers);
+  slice == 0 ? add_and_write_half<0>(p, s, t, acc, c, thread)
+             : add_and_write_half<1>(p, s, t, acc, c, thread);
 }
 
 // Adds the accumulators of the cluster's blocks. Block `rank` gets and writes every size-th unit.

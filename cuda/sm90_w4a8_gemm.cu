@@ -224,8 +224,7 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
     wait_copies<0>();
     named_barrier(1 + warpgroup, 128);  // the token scales of this tile are there
     if (SLICES > 1) {
-      slice == 0 ? add_slices_and_write<0>(p, s, piece.tile, acc, c, thread)
-                 : add_slices_and_write<1>(p, s, piece.tile, acc, c, thread);
+      add_slices_and_write(p, s, piece.tile, acc, c, slice, thread);
     } else if (split_size() > 1) {
       reduce_and_write(p, s, piece.tile, acc, c, split_rank(), split_size());
     } else {
