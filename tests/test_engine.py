@@ -31,6 +31,8 @@ import torch
 from conftest import IGNORE, VOCAB
 from safetensors.torch import load_file, save_file
 
+from vllm_intscale.quantize import convert_model
+
 pytest.importorskip("vllm")
 reference_model = pytest.importorskip("reference_model")
 
@@ -66,11 +68,13 @@ def agree(found: Logprobs, wanted: Logprobs) -> bool:
     return min(largest) < CLOSE and max(largest) < FLIPPED
 
 
-def offline(folder: Path, tmp_path: Path, **engine: Any) -> tuple[Logprobs, str]:
+def offline(
+    folder: Path, tmp_path: Path, prompts: list[list[int]] = PROMPTS, **engine: Any
+) -> tuple[Logprobs, str]:
     """Log-probabilities of the prompts, and everything that was printed."""
     job, result = tmp_path / "job.json", tmp_path / "result.json"
     arguments = {"model": str(folder), "dtype": "float32", **SMALL, **engine}
-    job.write_text(json.dumps({"engine": arguments, "prompts": PROMPTS}))
+    job.write_text(json.dumps({"engine": arguments, "prompts": prompts}))
     processes = "distributed_executor_backend" in engine
     environment = os.environ | ({"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if processes else {})
     process = subprocess.run(
@@ -85,9 +89,9 @@ def offline(folder: Path, tmp_path: Path, **engine: Any) -> tuple[Logprobs, str]
     return json.loads(result.read_text()), process.stdout
 
 
-def expected(folder: Path, ranks: int = 1) -> Logprobs:
+def expected(folder: Path, ranks: int = 1, prompts: list[list[int]] = PROMPTS) -> Logprobs:
     model = reference_model.load(folder, torch.float32, ranks)
-    return reference_model.prompt_logprobs(model, PROMPTS)
+    return reference_model.prompt_logprobs(model, prompts)
 
 
 def report(output: str) -> str:
@@ -126,6 +130,15 @@ def test_torch_compile_with_shared_expert(checkpoint: Callable[..., Path], tmp_p
     folder = checkpoint("qwen2_moe", ignore=IGNORE)
     found, _ = offline(folder, tmp_path)
     assert agree(found, expected(folder))
+
+
+@pytest.mark.parametrize("source", ["gptq", "awq_asym"])
+def test_converted_checkpoint_of_another_tool(source: str, tmp_path: Path) -> None:
+    prompts = [[token % 61 + 3 for token in prompt] for prompt in PROMPTS]
+    convert_model(str(HERE / "packed" / source), tmp_path / "converted")
+    found, output = offline(tmp_path / "converted", tmp_path, prompts, enforce_eager=True)
+    assert agree(found, expected(tmp_path / "converted", prompts=prompts))
+    assert "intscale: 4 linear W4A8 g128, 4 on cpu_backend" in output
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The command line: `intscale quantize`, `inspect`, `verify`, `eval` and `bench gemm`."""
+"""The command line: `intscale quantize`, `convert`, `inspect`, `verify`, `eval`, `bench gemm`."""
 
 from __future__ import annotations
 
@@ -109,6 +109,38 @@ def quantize(
     start = time.monotonic()
     with _progress_display() as on_progress:
         report = quantize_model(source, out, config, revision, on_progress, scale_search)
+    _print_report(report, time.monotonic() - start)
+    print(f"\nServe it:  vllm serve {out}")
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Folder or hub id of an int4 checkpoint.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    amplifier: Annotated[
+        str, typer.Option(help="channel (best), or one number for all layers.")
+    ] = "channel",
+    max_group_scale: Annotated[
+        int, typer.Option(help="Largest integer scale that amplifier channel aims at.")
+    ] = 255,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+) -> None:
+    """Convert a GPTQ, AWQ, AutoRound or compressed-tensors int4 checkpoint.
+
+    Codes stay as they are and scales become integers. What int4 codes with integer scales cannot
+    hold (asymmetric groups, activation order) is rounded again. OUT/report.json has the loss of
+    each layer. No calibration data and no GPU are needed.
+    """
+    from vllm_intscale.quantize import convert_model
+
+    config = CheckpointConfig(
+        amplifier=_parse_amplifier(amplifier), max_group_scale=max_group_scale
+    )
+    start = time.monotonic()
+    with _progress_display() as on_progress:
+        report = convert_model(source, out, config, revision, on_progress)
     _print_report(report, time.monotonic() - start)
     print(f"\nServe it:  vllm serve {out}")
 
@@ -339,11 +371,27 @@ def _print_report(report: Report, seconds: float) -> None:
         f"Model       {_size(report.source_bytes)} to {_size(report.written_bytes)} in "
         f"{seconds:.0f} s"
     )
+    _print_conversions(report)
     print(f"Scales      {report.lost_groups} rounded to 0, which makes the group's weights 0")
     print(
         f"Overflow    impossible: int32 accumulators are used to at most "
         f"{report.bound / ACCUMULATOR_MAX:.1%} ({report.bound_layer})"
     )
+
+
+def _print_conversions(report: Report) -> None:
+    kept = {n: c.error for n, c in report.conversions.items() if c.kept_groups == c.groups}
+    again = {n: c.error for n, c in report.conversions.items() if n not in kept}
+    for title, errors, what in (
+        ("Kept", kept, "keep all codes; integer scales change"),
+        ("Rounded", again, "were rounded again, asymmetric or reordered, which changes"),
+    ):
+        if errors:
+            worst = max(errors, key=errors.__getitem__)
+            print(
+                f"{title:<11} {len(errors)} layers {what} the weights by "
+                f"{sum(errors.values()) / len(errors):.2%}, at most {errors[worst]:.2%} ({worst})"
+            )
 
 
 def _size(size: int) -> str:

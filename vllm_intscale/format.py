@@ -230,7 +230,7 @@ def accumulator_bound(codes: Tensor, group_scale: Tensor) -> Tensor:
     and group_scale `[..., N, K / g]`.
     """
     groups = codes.unflatten(-1, (group_scale.shape[-1], -1))
-    sums = groups.to(torch.int16).abs().sum(-1, dtype=torch.int64)
+    sums = groups.to(torch.int16).abs().sum(-1, dtype=torch.int32)
     bound: Tensor = ACTIVATION_MAX * (group_scale.to(torch.int64).abs() * sums).sum(-1)
     return bound
 

@@ -1,16 +1,26 @@
-"""Make intscale checkpoints: `quantize_model`, what `intscale quantize` runs."""
+"""Make intscale checkpoints: `quantize_model` and `convert_model`, what the commands run."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from vllm_intscale.format import CheckpointConfig
-from vllm_intscale.quantize.source import make_plan, resolve
-from vllm_intscale.quantize.stream import Progress, Report, check_output, write_checkpoint
+from vllm_intscale.checkpoint import CONFIG, read_config, read_headers
+from vllm_intscale.errors import IntScaleError
+from vllm_intscale.format import GROUP_SIZES, CheckpointConfig
+from vllm_intscale.quantize.packed import read_packed, with_weights
+from vllm_intscale.quantize.source import decide, make_plan, resolve
+from vllm_intscale.quantize.stream import (
+    OpenFiles,
+    Progress,
+    Report,
+    check_output,
+    write_checkpoint,
+)
 
-__all__ = ["Progress", "Report", "quantize_model"]
+__all__ = ["Progress", "Report", "convert_model", "quantize_model"]
 
 
 def quantize_model(
@@ -32,9 +42,53 @@ def quantize_model(
     """
     check_output(Path(out))  # before a download that may take hours
     folder = resolve(source, revision)
+    method = "round to nearest" + (", scales searched" if search else "")
+    origin = {**_origin(source, folder), "method": method}
+    wanted = dataclasses.replace(config or CheckpointConfig(), source=origin)
+    return write_checkpoint(make_plan(folder, wanted), Path(out), on_progress, search)
+
+
+def convert_model(
+    source: str,
+    out: str | Path,
+    config: CheckpointConfig | None = None,
+    revision: str | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Report:
+    """Convert a checkpoint that is quantized to int4 already and write it to the new folder `out`.
+
+    source: folder or hub id of a GPTQ, AWQ, AutoRound or compressed-tensors checkpoint. config:
+    amplifier and max_group_scale wanted. Groups keep their codes, and only their scales become
+    integers; those with codes outside of int4 (asymmetric ones), or whose weights are not
+    neighbours in k, are rounded again. `Report.conversions` has the loss of each layer.
+
+    Raises IntScaleError, and leaves nothing behind, if anything is not as it must be.
+    """
+    check_output(Path(out))
+    folder = resolve(source, revision)
+    stored, model_config = read_headers(folder), read_config(folder)
+    section = model_config.pop("quantization_config", None) or model_config.pop(
+        "compression_config", None
+    )
+    if not isinstance(section, dict):
+        raise IntScaleError(
+            f"{folder / CONFIG} has no quantization_config; an unquantized model is quantized "
+            f"with: intscale quantize {source} {out}"
+        )
+    with OpenFiles() as files:
+        packed = read_packed(folder, stored, section, files.slice)
+    group_sizes = Counter(layer.group_size for layer in packed.values() if not layer.reordered)
+    wanted = dataclasses.replace(
+        config or CheckpointConfig(),
+        group_size=next((g for g, _ in group_sizes.most_common(1) if g in GROUP_SIZES), 128),
+        source={**_origin(source, folder), "method": f"converted from {section['quant_method']}"},
+    )
+    plan = decide(folder, with_weights(stored, packed), model_config, wanted, packed)
+    return write_checkpoint(plan, Path(out), on_progress)
+
+
+def _origin(source: str, folder: Path) -> dict[str, str]:
     origin = {"model": source if folder != Path(source) else folder.resolve().name}
     if folder.parent.name == "snapshots":
         origin["revision"] = folder.name
-    method = "round to nearest" + (", scales searched" if search else "")
-    wanted = dataclasses.replace(config or CheckpointConfig(), source={**origin, "method": method})
-    return write_checkpoint(make_plan(folder, wanted), Path(out), on_progress, search)
+    return origin

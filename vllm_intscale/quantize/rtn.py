@@ -15,6 +15,7 @@ two codes, and float32 would decide by noise.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import ACCUMULATOR_MAX, INT16_MAX, LayerScheme, accumulator_bound
-from vllm_intscale.packing import pack_codes
+from vllm_intscale.packing import pack_codes, unpack_codes
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 SMALLEST_CHANNEL_SCALE = 2.0**-126  # the smallest normal float32: devices may flush the others
@@ -36,6 +37,15 @@ class QuantizedRows(NamedTuple):
     channel_scale: Tensor  # float32 [n]
     lost_groups: int  # groups of nonzero weights whose S is 0: their weights are now zero
     bound: int  # largest `accumulator_bound` of these rows
+
+
+class ConvertedRows(NamedTuple):
+    """Rows that were quantized before, and what that changed."""
+
+    rows: QuantizedRows
+    kept_groups: int  # whose codes are the same
+    squared_error: float  # of the weights, against the codes and scales they had
+    squares: float  # of the weights
 
 
 def quantize_rows(
@@ -55,19 +65,119 @@ def quantize_rows(
     """
     groups = weight.float().unflatten(-1, (-1, scheme.group_size))
     scale = _float_scales(where, groups, scheme.bits)
-    if amplifier == "channel":
-        channel = (scale.amax(dim=-1) / scheme.max_group_scale).float()
-        channel = channel.clamp_min(SMALLEST_CHANNEL_SCALE)
-    else:
-        channel = torch.full(scale.shape[:1], 1 / amplifier, dtype=torch.float32)
-        if (largest := float((scale * amplifier).max())) >= INT16_MAX + 0.5:
-            raise IntScaleError(
-                f"{where}: amplifier {amplifier} makes an integer group scale {largest:.6g}, above "
-                f"{INT16_MAX}; use --amplifier channel or a smaller number"
-            )
+    channel = _channel_scale(where, scale, scheme, amplifier)
     if search:
         scale = _least_error(groups, scale, channel, scheme.bits)
-    codes, group_scale = _round(groups, scale, channel, scheme.bits)
+
+    def round_rows(rows: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
+        return _round(groups[rows], scale[rows], channel, scheme.bits)
+
+    return _within_bound(where, scale, channel, scheme, amplifier, round_rows)
+
+
+def convert_rows(
+    where: str,
+    codes: Tensor,
+    scale: Tensor,
+    scheme: LayerScheme,
+    amplifier: Literal["channel"] | int,
+) -> ConvertedRows:
+    """Give integer scales to rows that are quantized already, to code * scale.
+
+    codes: int8 `[n, K]`, zero points subtracted. scale: float64 `[n, K / g]`, of either sign.
+    Groups whose codes fit int4 keep them; the others are rounded again, with the scale that leaves
+    the least squared error.
+
+    Raises IntScaleError as `quantize_rows`, if a scale is NaN or infinite too.
+    """
+    if not bool(scale.isfinite().all()):
+        raise IntScaleError(f"{where} has a scale that is NaN or Inf; download the model again")
+    groups = codes.unflatten(-1, (-1, scheme.group_size))
+    energy = groups.float().square_().sum(-1).double()  # exact: below 2**24
+    zero = (energy == 0) | (scale == 0)
+    if bool(zero.any()):
+        groups = torch.where(zero[..., None], 0, groups)
+    limit = 1 << (scheme.bits - 1)
+    kept = torch.ones_like(zero)
+    if int(codes.min()) < -limit or int(codes.max()) >= limit:
+        kept = ((groups >= -limit) & (groups < limit)).all(-1)
+    negative, scale = scale < 0, torch.where(zero, 0.0, scale.abs())
+    weight = None
+    given = scale
+    if not bool(kept.all()):
+        weight = groups * torch.where(negative, -scale, scale)[..., None]
+        scale = torch.where(kept, scale, weight.abs().amax(-1) / (limit - 1))
+    channel = _channel_scale(where, scale, scheme, amplifier)
+    if weight is not None:
+        again = _least_error(weight, scale, channel, scheme.bits)
+        scale = torch.where(kept, scale, again)
+        negative &= kept
+
+    def round_rows(rows: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
+        new, group_scale = groups[rows], _integer_scale(scale[rows], channel)
+        if weight is not None:
+            step = _step(group_scale, channel)
+            new = torch.where(kept[rows][..., None], new, _codes(weight[rows], step, scheme.bits))
+        group_scale = torch.where(negative[rows], -group_scale, group_scale)
+        return new.to(torch.int8).flatten(-2), group_scale.to(torch.int16)
+
+    quantized = _within_bound(where, scale, channel, scheme, amplifier, round_rows)
+    step = quantized.group_scale.double() * quantized.channel_scale.double()[:, None]
+    if weight is not None:
+        return _converted(quantized, weight, kept)
+    squared_error = (energy * (step.abs() - given).square()).sum()
+    return ConvertedRows(
+        quantized, kept.numel(), float(squared_error), float((energy * given.square()).sum())
+    )
+
+
+def requantize_rows(
+    where: str, weight: Tensor, scheme: LayerScheme, amplifier: Literal["channel"] | int
+) -> ConvertedRows:
+    """As `convert_rows` for weights float64 `[n, K]` whose groups are not neighbours in k."""
+    quantized = quantize_rows(where, weight, scheme, amplifier, search=True)
+    groups = weight.unflatten(-1, (-1, scheme.group_size))
+    return _converted(quantized, groups, torch.zeros(1, dtype=torch.bool))
+
+
+def _converted(quantized: QuantizedRows, weight: Tensor, kept: Tensor) -> ConvertedRows:
+    """With its error against the weight it was made from, float64 `[n, G, g]`."""
+    step = quantized.group_scale.double() * quantized.channel_scale.double()[:, None]
+    stored = unpack_codes(quantized.qweight, 4).view_as(weight)
+    squared_error = (weight - stored * step[..., None]).square_().sum()
+    return ConvertedRows(
+        quantized, int(kept.sum()), float(squared_error), float(weight.square().sum())
+    )
+
+
+def _channel_scale(
+    where: str, scale: Tensor, scheme: LayerScheme, amplifier: Literal["channel"] | int
+) -> Tensor:
+    """Channel scales, float32 `[n]`, for the float scales float64 `[n, G]`, all >= 0."""
+    if amplifier == "channel":
+        channel = (scale.amax(dim=-1) / scheme.max_group_scale).float()
+        return channel.clamp_min(SMALLEST_CHANNEL_SCALE)
+    if (largest := float((scale * amplifier).max())) >= INT16_MAX + 0.5:
+        raise IntScaleError(
+            f"{where}: amplifier {amplifier} makes an integer group scale {largest:.6g}, above "
+            f"{INT16_MAX}; use --amplifier channel or a smaller number"
+        )
+    return torch.full(scale.shape[:1], 1 / amplifier, dtype=torch.float32)
+
+
+def _within_bound(
+    where: str,
+    scale: Tensor,
+    channel: Tensor,
+    scheme: LayerScheme,
+    amplifier: Literal["channel"] | int,
+    round_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> QuantizedRows:
+    """Rows as `round_rows` makes them, with channel scales raised until no accumulator overflows.
+
+    round_rows: from a mask of rows and their channel scales to codes and group scales.
+    """
+    codes, group_scale = round_rows(torch.ones(len(scale), dtype=torch.bool), channel)
     bound = accumulator_bound(codes, group_scale)
     while bool((over := bound > ACCUMULATOR_MAX).any()):
         if amplifier != "channel":
@@ -79,9 +189,7 @@ def quantize_rows(
         # The bound is nearly proportional to 1 / c. The margin covers what rounding adds.
         excess = bound[over].double() / ACCUMULATOR_MAX
         channel[over] = (channel[over].double() * excess * (1 + 2**-10)).float()
-        codes[over], group_scale[over] = _round(
-            groups[over], scale[over], channel[over], scheme.bits
-        )
+        codes[over], group_scale[over] = round_rows(over, channel[over])
         bound[over] = accumulator_bound(codes[over], group_scale[over])
     return QuantizedRows(
         pack_codes(codes, scheme.bits),
@@ -131,9 +239,23 @@ def _least_error(groups: Tensor, scale: Tensor, channel: Tensor, bits: int) -> T
 
 def _round(groups: Tensor, scale: Tensor, channel: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """codes int8 `[n, K]` and group_scale int16 `[n, G]` for given channel scales."""
-    channel = channel.double()[:, None]
-    group_scale = torch.where(scale > 0, torch.round(scale / channel), 1.0)
-    step = torch.where(group_scale > 0, group_scale * channel, torch.inf)  # S = 0: codes 0
+    group_scale = _integer_scale(scale, channel)
+    codes = _codes(groups, _step(group_scale, channel), bits)
+    return codes.flatten(-2), group_scale.to(torch.int16)
+
+
+def _integer_scale(scale: Tensor, channel: Tensor) -> Tensor:
+    """S, float64 `[n, G]`; 1 for groups of zeros."""
+    return torch.where(scale > 0, torch.round(scale / channel.double()[:, None]), 1.0)
+
+
+def _step(group_scale: Tensor, channel: Tensor) -> Tensor:
+    """What a code is worth, float64 `[n, G]`; infinite where S is 0, for codes 0."""
+    return torch.where(group_scale > 0, group_scale * channel.double()[:, None], torch.inf)
+
+
+def _codes(groups: Tensor, step: Tensor, bits: int) -> Tensor:
+    """int8 `[n, G, g]`."""
     limit = 1 << (bits - 1)
-    codes = groups.double().div_(step[..., None]).round_().clamp_(-limit, limit - 1)
-    return codes.to(torch.int8).flatten(-2), group_scale.to(torch.int16)
+    codes = torch.div(groups, step[..., None]).round_().clamp_(-limit, limit - 1)  # float64
+    return codes.to(torch.int8)

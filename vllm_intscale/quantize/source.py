@@ -11,7 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from vllm_intscale.checkpoint import CONFIG, StoredTensor, read_config, read_headers
@@ -24,6 +26,7 @@ from vllm_intscale.format import (
     largest_group_size,
     matches,
 )
+from vllm_intscale.quantize.packed import PackedLayer
 
 # Weights of any format, other than the safetensors that are read: neither downloaded nor copied.
 OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]
@@ -63,6 +66,7 @@ class Matrix:
     name: what it is called in the checkpoint written, with `.weight`.
     expert, first_row: where in the stack `stored` its rows are (None: `stored` is no stack).
     scheme: how it is quantized; None if it is copied, for the reason `left`.
+    packed: the int4 codes it is made from, if the source is quantized; `stored` is one of them.
     """
 
     name: str
@@ -72,11 +76,18 @@ class Matrix:
     first_row: int = 0
     scheme: LayerScheme | None = None
     left: str = ""
+    packed: PackedLayer | None = None
 
     @property
     def layer(self) -> str:
         """Full name of the layer, as patterns and the config name it."""
         return self.name.removesuffix(".weight")
+
+    @property
+    def period(self) -> int:
+        """What a group size must divide: K, and the groups that the source has."""
+        k = self.shape[1]
+        return k if not self.packed or self.packed.reordered else gcd(k, self.packed.group_size)
 
 
 @dataclass(frozen=True)
@@ -133,9 +144,14 @@ def decide(
     stored: Mapping[str, StoredTensor],
     model_config: dict[str, Any],
     wanted: CheckpointConfig,
+    packed: Mapping[str, PackedLayer] = MappingProxyType({}),
 ) -> Plan:
-    """As `make_plan`, from headers and config; `folder` is only named in errors."""
-    _refuse_quantized(folder, model_config)
+    """As `make_plan`, from headers and config; `folder` is only named in errors.
+
+    packed: layers that are quantized already; then only these are, again or still.
+    """
+    if not packed:
+        _refuse_quantized(folder, model_config)
     text_config = model_config.get("text_config") or model_config
     model_type = str(text_config.get("model_type", model_config.get("model_type")))
     if model_type in TRANSPOSED_MODELS:
@@ -148,8 +164,17 @@ def decide(
     matrices = []
     for matrix in (m for t in stored.values() for m in _unstack(t, stored, model_type)):
         left = _left_because(matrix, wanted, depth)
+        layer = packed.get(matrix.stored.name.removesuffix(".weight"))
+        if packed and not layer:
+            left = left or "unquantized in the source"
         scheme = None if left else wanted.scheme_of(matrix.layer)
-        matrices.append(dataclasses.replace(matrix, scheme=scheme, left=left))
+        matrices.append(dataclasses.replace(matrix, scheme=scheme, left=left, packed=layer))
+    if odd := [m for m in matrices if m.packed and m.left]:
+        raise IntScaleError(
+            f"{folder}: quantized layers of a kind that vLLM cannot run with intscale: "
+            + ", ".join(f"{m.layer} ({m.left})" for m in odd)
+            + "; start from a checkpoint in which they are not quantized"
+        )
     _check_patterns(wanted, matrices)
     _check_quantizable(folder, matrices)
     matrices = _fit_group_sizes(matrices)
@@ -248,11 +273,17 @@ def _check_quantizable(folder: Path, matrices: Iterable[Matrix]) -> None:
                 f"{m.stored.file}: {m.name} {list(m.shape)} looks like experts in a layout that is "
                 f"not supported; leave it unquantized with --ignore {m.layer}"
             )
-    if odd := [m for m in chosen if m.stored.dtype not in FLOAT_DTYPES]:
+    if odd := [m for m in chosen if not m.packed and m.stored.dtype not in FLOAT_DTYPES]:
         raise IntScaleError(
             f"{folder}: the model is already quantized, no float dtype have "
             + ", ".join(f"{m.name} ({m.stored.dtype})" for m in odd)
             + "; start from its unquantized original"
+        )
+    if odd := [m for m in chosen if m.packed and m.period % GROUP_SIZES[-1]]:
+        raise IntScaleError(
+            f"{folder}: K and groups must be multiples of {GROUP_SIZES[-1]}, they are not for "
+            + ", ".join(f"{m.layer} ({m.shape[1]}, {m.packed.group_size})" for m in odd if m.packed)
+            + "; start from a checkpoint with larger groups"
         )
     if odd := [m for m in chosen if m.shape[1] % GROUP_SIZES[-1]]:
         raise IntScaleError(
@@ -278,7 +309,7 @@ def _fit_group_sizes(matrices: list[Matrix]) -> list[Matrix]:
 
     sizes: dict[str, int] = {}
     for m in matrices:
-        if m.scheme and (size := largest_group_size(m.shape[1], m.scheme.group_size)):
+        if m.scheme and (size := largest_group_size(m.period, m.scheme.group_size)):
             sizes[unit(m)] = min(size, sizes.get(unit(m), size))
     schemes: dict[str, list[LayerScheme | None]] = defaultdict(list)
     fitted = []

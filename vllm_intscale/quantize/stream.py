@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,17 +29,30 @@ from vllm_intscale.checkpoint import (
     DTYPES,
     INDEX,
     SINGLE_FILE,
+    StoredTensor,
     inside,
     validate_checkpoint,
 )
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import TENSOR_NAMES, Amplifier, LayerScheme
-from vllm_intscale.quantize.rtn import heuristic_amplifier, quantize_rows, smallest_scale
+from vllm_intscale.quantize.packed import ROWS, PackedLayer
+from vllm_intscale.quantize.rtn import (
+    ConvertedRows,
+    convert_rows,
+    heuristic_amplifier,
+    quantize_rows,
+    requantize_rows,
+    smallest_scale,
+)
 from vllm_intscale.quantize.source import OTHER_WEIGHTS, Matrix, Plan
 from vllm_intscale.verify import write_sums
 
 BLOCK_ELEMENTS = 1 << 18  # all that is computed from a block stays in a core's cache
+CONVERTED_ELEMENTS = 1 << 20  # of a block; columns of narrow ones are read bit by bit
 SHARD_BYTES = 5_000_000_000
+REPORT = "report.json"
+# What other tools say of the quantization that is replaced.
+QUANTIZATION_CONFIGS = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 _SPELLING = {dtype: spelling for spelling, dtype in DTYPES.items()}
 
 
@@ -54,6 +66,25 @@ class Progress(NamedTuple):
 
 
 @dataclass
+class Conversion:
+    """What became of a layer that had been quantized before."""
+
+    groups: int = 0
+    kept_groups: int = 0  # whose codes are the same
+    squared_error: float = 0.0  # of the weights, against what they were
+    squares: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """Root mean square, relative."""
+        return math.sqrt(self.squared_error / self.squares) if self.squares else 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        """As `REPORT` has it."""
+        return {"groups": self.groups, "kept_groups": self.kept_groups, "error": self.error}
+
+
+@dataclass
 class Report:
     """What was done."""
 
@@ -64,9 +95,16 @@ class Report:
     source_bytes: int = 0  # of all tensors
     written_bytes: int = 0
     left: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # by reason
+    conversions: dict[str, Conversion] = field(default_factory=dict)  # of layers quantized before
     lost_groups: int = 0
     bound: int = 0  # largest bound of an int32 accumulator
     bound_layer: str = ""
+
+    def add_rows(self, layer: str, lost_groups: int, bound: int) -> None:
+        """Count what happened to some rows of a layer."""
+        self.lost_groups += lost_groups
+        if bound > self.bound:
+            self.bound, self.bound_layer = bound, layer
 
 
 class TensorSpec(NamedTuple):
@@ -117,6 +155,9 @@ def write_checkpoint(
         _copy_other_files(plan.folder, partial)
         model_config = {**plan.model_config, "quantization_config": plan.config.to_dict()}
         (partial / CONFIG).write_text(json.dumps(model_config, indent=2) + "\n")
+        if report.conversions:
+            layers = {name: c.to_dict() for name, c in report.conversions.items()}
+            (partial / REPORT).write_text(json.dumps({"layers": layers}, indent=2) + "\n")
         validate_checkpoint(partial)
         write_sums(partial)
         for path in (*partial.rglob("*"), partial):
@@ -149,22 +190,23 @@ def _quantize_all(
     report = Report(written_bytes=writer.total_bytes)
     total_bytes = sum(_source_bytes(m) for m in plan.matrices)
     tensors = 0
-    with _workers() as workers:
-        for path, matrices in groupby(plan.matrices, key=lambda m: m.stored.file):
-            with safe_open(path, framework="pt") as file:
-                for m in matrices:
-                    if m.scheme is None:
-                        report.left[m.left].append(m.layer)
-                        for row, block in _blocks(file, m):
-                            writer.write(m.name, row, block)
-                    else:
-                        amplifier = plan.config.amplifier
-                        _quantize(file, m, m.scheme, amplifier, search, workers, writer, report)
-                    tensors += 1
-                    report.source_bytes += _source_bytes(m)
-                    on_progress(
-                        Progress(tensors, len(plan.matrices), report.source_bytes, total_bytes)
-                    )
+    with _workers() as workers, OpenFiles() as files:
+        for m in plan.matrices:
+            if m.scheme is None:
+                report.left[m.left].append(m.layer)
+                for row, block in _blocks(files, m):
+                    writer.write(m.name, row, block)
+            elif m.packed:
+                _convert(
+                    files, m, m.packed, m.scheme, plan.config.amplifier, workers, writer, report
+                )
+            else:
+                _quantize(
+                    files, m, m.scheme, plan.config.amplifier, search, workers, writer, report
+                )
+            tensors += 1
+            report.source_bytes += _source_bytes(m)
+            on_progress(Progress(tensors, len(plan.matrices), report.source_bytes, total_bytes))
     return report
 
 
@@ -178,8 +220,23 @@ def _workers() -> ThreadPoolExecutor:
     )
 
 
+class OpenFiles(ExitStack):
+    """safetensors files, opened when first read: maps of files, which take no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: dict[Path, Any] = {}
+
+    def slice(self, tensor: StoredTensor) -> Any:
+        """A tensor to take parts of, which are views of the map where they are whole rows."""
+        if tensor.file not in self._files:
+            opened = safe_open(tensor.file, framework="pt")
+            self._files[tensor.file] = self.enter_context(opened)
+        return self._files[tensor.file].get_slice(tensor.name)
+
+
 def _quantize(
-    file: Any,
+    files: OpenFiles,
     m: Matrix,
     scheme: LayerScheme,
     amplifier: Amplifier,
@@ -191,7 +248,7 @@ def _quantize(
     where = f"{m.stored.file}: {m.name}"
     if amplifier == "heuristic":
         scales = workers.map(
-            lambda block: smallest_scale(where, block[1], scheme), _blocks(file, m)
+            lambda block: smallest_scale(where, block[1], scheme), _blocks(files, m)
         )
         amplifier = heuristic_amplifier(min(scales))
 
@@ -202,22 +259,61 @@ def _quantize(
             writer.write(f"{m.layer}.{name}", row, getattr(rows, name))
         return rows.lost_groups, rows.bound
 
-    for lost_groups, bound in workers.map(quantize_block, _blocks(file, m)):
-        report.lost_groups += lost_groups
-        if bound > report.bound:
-            report.bound, report.bound_layer = bound, m.layer
+    for lost_groups, bound in workers.map(quantize_block, _blocks(files, m)):
+        report.add_rows(m.layer, lost_groups, bound)
+    _add_layer(report, m)
+
+
+def _convert(
+    files: OpenFiles,
+    m: Matrix,
+    packed: PackedLayer,
+    scheme: LayerScheme,
+    amplifier: Amplifier,
+    workers: ThreadPoolExecutor,
+    writer: ShardWriter,
+    report: Report,
+) -> None:
+    where = f"{m.stored.file}: {m.layer}"
+    assert amplifier != "heuristic"  # needs a look at all rows first
+    n, k = m.shape
+    step = max(ROWS, CONVERTED_ELEMENTS // k // ROWS * ROWS)
+
+    def convert_block(row: int) -> ConvertedRows:
+        codes, scale = packed.rows(files.slice, row, min(row + step, n))
+        if packed.group_of is None:
+            scale = scale.repeat_interleave(packed.group_size // scheme.group_size, dim=1)
+            scale = scale[:, : k // scheme.group_size]
+            converted = convert_rows(where, codes, scale, scheme, amplifier)
+        else:
+            weight = codes * scale[:, packed.group_of]
+            converted = requantize_rows(where, weight, scheme, amplifier)
+        for name in TENSOR_NAMES:
+            writer.write(f"{m.layer}.{name}", row, getattr(converted.rows, name))
+        return converted
+
+    total = report.conversions[m.layer] = Conversion(groups=n * k // scheme.group_size)
+    for rows, kept_groups, squared_error, squares in workers.map(convert_block, range(0, n, step)):
+        report.add_rows(m.layer, rows.lost_groups, rows.bound)
+        total.kept_groups += kept_groups
+        total.squared_error += squared_error
+        total.squares += squares
+    _add_layer(report, m)
+
+
+def _add_layer(report: Report, m: Matrix) -> None:
     report.layers += 1
     report.weights += math.prod(m.shape)
     report.quantized_source_bytes += _source_bytes(m)
     report.quantized_bytes += sum(spec.nbytes for spec in _specs(m))
 
 
-def _blocks(file: Any, m: Matrix) -> Iterator[tuple[int, Tensor]]:
+def _blocks(files: OpenFiles, m: Matrix) -> Iterator[tuple[int, Tensor]]:
     """Blocks of whole rows of a matrix, views of its mapped file, with their first row's number."""
+    stored = files.slice(m.stored)
     if not m.shape:
-        yield 0, file.get_tensor(m.stored.name)
+        yield 0, stored[...]
         return
-    stored = file.get_slice(m.stored.name)
     step = max(1, BLOCK_ELEMENTS // max(1, math.prod(m.shape[1:])))
     for row in range(0, m.shape[0], step):
         rows = slice(m.first_row + row, m.first_row + min(row + step, m.shape[0]))
@@ -236,6 +332,8 @@ def _specs(m: Matrix) -> list[TensorSpec]:
 
 
 def _source_bytes(m: Matrix) -> int:
+    if m.packed:
+        return m.packed.nbytes
     return TensorSpec(m.name, m.stored.dtype, m.shape).nbytes
 
 
@@ -312,6 +410,7 @@ class ShardWriter:
 def _copy_other_files(source: Path, target: Path) -> None:
     """Copy every file that is not a weight: tokenizer, templates, remote code, licence, ..."""
     weights = ("*.safetensors", "*.safetensors.index*.json", "*.bin.index*.json", *OTHER_WEIGHTS)
+    weights += QUANTIZATION_CONFIGS
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)
         hidden = any(part.startswith(".") for part in name.parts)
