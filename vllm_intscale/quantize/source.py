@@ -192,7 +192,8 @@ def _refuse_quantized(folder: Path, model_config: Mapping[str, Any]) -> None:
                 method = found.get("quant_method") if isinstance(found, dict) else found
                 raise IntScaleError(
                     f"{folder / CONFIG}: the model is already quantized ({key} is of method "
-                    f"{method!r}); start from its unquantized original"
+                    f"{method!r}); start from its unquantized original, or, if its weights are "
+                    "int4, use: intscale convert"
                 )
 
 
