@@ -23,7 +23,7 @@ from vllm_intscale.format import (
     validate_layer,
 )
 from vllm_intscale.packing import unpack_codes
-from vllm_intscale.quantize import quantize_model, stream
+from vllm_intscale.quantize import Progress, quantize_model, shards, stream
 from vllm_intscale.quantize.rtn import heuristic_amplifier, quantize_rows, smallest_scale
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -152,7 +152,7 @@ def test_neither_blocks_nor_shards_change_a_tensor(
     single = (tmp_path / "out/model.safetensors").read_bytes()
     assert (tmp_path / "blocks/model.safetensors").read_bytes() == single
 
-    monkeypatch.setattr(stream, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 30_000)
     quantize_model(str(source), tmp_path / "shards")
     whole, sharded = sources.read_all(tmp_path / "out"), sources.read_all(tmp_path / "shards")
     assert whole.keys() == sharded.keys()
@@ -309,7 +309,7 @@ def test_heuristic_amplifier_lifts_the_smallest_scale_to_one() -> None:
 def test_nothing_is_left_after_an_interrupt(tmp_path: Path) -> None:
     sources.save_model(tmp_path / "source", sources.dense())
 
-    def interrupt(progress: stream.Progress) -> None:
+    def interrupt(progress: Progress) -> None:
         assert (tmp_path / "out.partial/model.safetensors").exists()
         if progress.tensors == 3:
             raise KeyboardInterrupt

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vllm_intscale import cli
 from vllm_intscale.errors import IntScaleError
-from vllm_intscale.quantize import quantize_model, stream
+from vllm_intscale.quantize import quantize_model, shards
 from vllm_intscale.verify import SUMS, verify, write_sums
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -77,12 +77,12 @@ def test_hashes_are_those_of_coreutils(checkpoint: Path) -> None:
 
 def test_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of one layer may lie in two files."""
-    monkeypatch.setattr(stream, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
     sources.save_model(tmp_path / "source", sources.dense())
     quantize_model(str(tmp_path / "source"), tmp_path / "out")
-    shards = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
-    assert any(f"{Q}.qweight" in shard and f"{Q}.group_scale" not in shard for shard in shards)
-    assert verify(tmp_path / "out").tensors == sum(map(len, shards))
+    parts = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
+    assert any(f"{Q}.qweight" in part and f"{Q}.group_scale" not in part for part in parts)
+    assert verify(tmp_path / "out").tensors == sum(map(len, parts))
 
 
 @pytest.mark.parametrize("name", [SHARD, "config.json", "code/tokenizer.py"])

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vllm_intscale.quantize import Progress, Report
 
 GIB = 2**30
+RESUME = "Go on where the same command was killed, if it was."
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal to draw a bar on
 
 app = typer.Typer(
@@ -81,6 +82,7 @@ def quantize(
         ),
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME)] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Only say what would be done; of a hub id read headers."),
@@ -102,13 +104,13 @@ def quantize(
         overrides=dict(map(_parse_override, override or ())),
     )
     if dry_run:
-        check_output(out, Path(source))
+        check_output(out, Path(source), resume)
         _print_inspection(inspect_model(source, (), revision, config))
         print(f"Disk        {_size(shutil.disk_usage(out.parent).free)} free in {out.parent}")
         return
     start = time.monotonic()
     with _progress_display() as on_progress:
-        report = quantize_model(source, out, config, revision, on_progress, scale_search)
+        report = quantize_model(source, out, config, revision, on_progress, scale_search, resume)
     _print_report(report, time.monotonic() - start)
     print(f"\nServe it:  vllm serve {out}")
 
@@ -126,6 +128,7 @@ def convert(
         int, typer.Option(help="Largest integer scale that amplifier channel aims at.")
     ] = 255,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME)] = False,
 ) -> None:
     """Convert a GPTQ, AWQ, AutoRound or compressed-tensors int4 checkpoint.
 
@@ -140,7 +143,7 @@ def convert(
     )
     start = time.monotonic()
     with _progress_display() as on_progress:
-        report = convert_model(source, out, config, revision, on_progress)
+        report = convert_model(source, out, config, revision, on_progress, resume)
     _print_report(report, time.monotonic() - start)
     print(f"\nServe it:  vllm serve {out}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +27,10 @@ class Verified(NamedTuple):
     files: int
 
 
-def write_sums(folder: Path) -> None:
+def write_sums(folder: Path, leave_out: Collection[Path] = ()) -> None:
     """Write the SHA-256 of every file of a checkpoint, subfolders included, to `SUMS`."""
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    files = (p for p in folder.rglob("*") if p.is_file() and p not in leave_out)
+    names = sorted(str(p.relative_to(folder)) for p in files)
     lines = [f"{_digest(folder / name)}  {name}\n" for name in names if name != SUMS]
     (folder / SUMS).write_text("".join(lines))
 

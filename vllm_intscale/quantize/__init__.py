@@ -11,14 +11,10 @@ from vllm_intscale.checkpoint import CONFIG, read_config, read_headers
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import GROUP_SIZES, CheckpointConfig
 from vllm_intscale.quantize.packed import read_packed, with_weights
+from vllm_intscale.quantize.report import Progress, Report
+from vllm_intscale.quantize.shards import OpenFiles
 from vllm_intscale.quantize.source import decide, make_plan, resolve
-from vllm_intscale.quantize.stream import (
-    OpenFiles,
-    Progress,
-    Report,
-    check_output,
-    write_checkpoint,
-)
+from vllm_intscale.quantize.stream import check_output, write_checkpoint
 
 __all__ = ["Progress", "Report", "convert_model", "quantize_model"]
 
@@ -30,22 +26,24 @@ def quantize_model(
     revision: str | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     search: bool = False,
+    resume: bool = False,
 ) -> Report:
     """Quantize a model by rounding to nearest and write it to the new folder `out`.
 
     source: folder or hub id of an unquantized model in safetensors. config: schemes, amplifier,
     ignore and overrides wanted (default: the format's); what is written names every exception.
     revision: of the hub model. on_progress: called after each tensor. search: choose group scales
-    for the least squared error of the weights, instead of the largest weight.
+    for the least squared error of the weights, instead of the largest weight. resume: go on where a
+    run of the same request was killed, if there was one.
 
     Raises IntScaleError, and leaves nothing behind, if anything is not as it must be.
     """
-    check_output(Path(out))  # before a download that may take hours
+    check_output(Path(out), resume=resume)  # before a download that may take hours
     folder = resolve(source, revision)
     method = "round to nearest" + (", scales searched" if search else "")
     origin = {**_origin(source, folder), "method": method}
     wanted = dataclasses.replace(config or CheckpointConfig(), source=origin)
-    return write_checkpoint(make_plan(folder, wanted), Path(out), on_progress, search)
+    return write_checkpoint(make_plan(folder, wanted), Path(out), on_progress, search, resume)
 
 
 def convert_model(
@@ -54,17 +52,25 @@ def convert_model(
     config: CheckpointConfig | None = None,
     revision: str | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    resume: bool = False,
 ) -> Report:
     """Convert a checkpoint that is quantized to int4 already and write it to the new folder `out`.
 
     source: folder or hub id of a GPTQ, AWQ, AutoRound or compressed-tensors checkpoint. config:
     amplifier and max_group_scale wanted. Groups keep their codes, and only their scales become
     integers; those with codes outside of int4 (asymmetric ones), or whose weights are not
-    neighbours in k, are rounded again. `Report.conversions` has the loss of each layer.
+    neighbours in k, are rounded again. `Report.conversions` has the loss of each layer. revision,
+    on_progress, resume: as for `quantize_model`.
 
     Raises IntScaleError, and leaves nothing behind, if anything is not as it must be.
     """
-    check_output(Path(out))
+    config = config or CheckpointConfig()
+    if config.amplifier == "heuristic":
+        raise IntScaleError(
+            "amplifier heuristic needs unquantized weights; convert with --amplifier channel or a "
+            "number"
+        )
+    check_output(Path(out), resume=resume)
     folder = resolve(source, revision)
     stored, model_config = read_headers(folder), read_config(folder)
     section = model_config.pop("quantization_config", None) or model_config.pop(
@@ -79,12 +85,12 @@ def convert_model(
         packed = read_packed(folder, stored, section, files.slice)
     group_sizes = Counter(layer.group_size for layer in packed.values() if not layer.reordered)
     wanted = dataclasses.replace(
-        config or CheckpointConfig(),
+        config,
         group_size=next((g for g, _ in group_sizes.most_common(1) if g in GROUP_SIZES), 128),
         source={**_origin(source, folder), "method": f"converted from {section['quant_method']}"},
     )
     plan = decide(folder, with_weights(stored, packed), model_config, wanted, packed)
-    return write_checkpoint(plan, Path(out), on_progress)
+    return write_checkpoint(plan, Path(out), on_progress, resume=resume)
 
 
 def _origin(source: str, folder: Path) -> dict[str, str]:
