@@ -101,14 +101,18 @@ class PackedLayer:
             codes = _awq(read(self.parts["qweight"])[:, words]).t()
             if (stored := self.parts.get("qzeros")) is not None:
                 zero = _awq(read(stored)[:, words]).t()
-        scale = scale.double()
-        group_of = self.group_of
         if isinstance(zero, Tensor):
-            if group_of is None:
-                zero = zero.repeat_interleave(self.group_size, dim=1)[:, : self.shape[1]]
+            if self.group_of is None and self.shape[1] % self.group_size == 0:
+                groups = codes.unflatten(1, (-1, self.group_size))
+                codes = groups.sub_(zero.to(torch.int8)[..., None]).flatten(1)
             else:
-                zero = zero[:, group_of]
-        return PackedRows((codes - zero).to(torch.int8), scale)
+                group_of = self.group_of
+                if group_of is None:
+                    group_of = torch.arange(self.shape[1]) // self.group_size
+                codes = codes - zero[:, group_of]
+        else:
+            codes = codes - zero
+        return PackedRows(codes.to(torch.int8), scale.double())
 
 
 def _unsigned(words: Tensor) -> Tensor:
