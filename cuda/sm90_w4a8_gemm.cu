@@ -72,7 +72,7 @@ constexpr int kPartialBlocks = kFitting >= kTokenBlocks ? kTokenBlocks
                                                         : 1;
 // Where the partial sums of a cluster meet. Large tiles have no room for them beside the ring.
 constexpr bool kPartialsInRing = TILE_M >= 128;
-// Registers of a thread: at launch, of the last warpgroup, of the others.
+// Registers of a thread: at launch, of the last warpgroup, of the others (256 is the limit of all).
 constexpr int kRegisters = 65536 / (kThreads * MIN_BLOCKS) / 8 * 8;
 constexpr int kLoadRegisters = 40;
 constexpr int kAvailable = (kRegisters * (WARPGROUPS + 1) - kLoadRegisters) / WARPGROUPS / 8 * 8;
