@@ -1,4 +1,4 @@
-"""The command line: `intscale quantize`, `convert`, `inspect`, `verify`, `eval`, `bench gemm`."""
+"""The command line: `intscale quantize`, `convert`, `inspect`, `verify`, `doctor`, `eval`, ..."""
 
 from __future__ import annotations
 
@@ -187,6 +187,19 @@ def verify_checkpoint(
         found = verify(folder, show)
     hashes = f"{found.files} files agree with {SUMS}" if found.files else f"there is no {SUMS}"
     print(f"In order    {found.layers} quantized layers, {found.tensors} tensors; {hashes}")
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: versions, plugin, GPUs, and a layer computed on each of them."""
+    from vllm_intscale.doctor import examine
+
+    problems = 0
+    for finding in examine():
+        print(f"{'PROBLEM' if finding.problem else 'ok':<9}{finding.about:<9}{finding.text}")
+        problems += finding.problem
+    if problems:
+        raise IntScaleError(f"{problems} problem{'s' * (problems > 1)}, see above")
 
 
 @app.command("eval")
