@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vllm_intscale import sm90_gemm
 from vllm_intscale.checkpoint import validate_checkpoint
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import CheckpointConfig
@@ -172,6 +173,28 @@ def test_negative_scales_and_empty_groups(tmp_path: Path) -> None:
     assert report.conversions[LAYER].error == pytest.approx(
         relative(found * step - codes * scale, codes * scale)
     )
+
+
+def test_auto_rounds_negative_scales_cannot_be_folded(tmp_path: Path) -> None:
+    """As README says: its symmetric groups that have the code -8 may have a negative scale."""
+    convert_model(str(PACKED / "gptq"), tmp_path / "out")
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    for layer in LAYERS:
+        codes, group_scale = converted_weight(tensors, layer)[0], tensors[f"{layer}.group_scale"]
+        assert not sm90_gemm.foldable(torch.from_numpy(codes), group_scale)
+        assert sm90_gemm.foldable(torch.from_numpy(codes), group_scale.abs())
+
+
+def test_a_section_inside_of_the_text_config(tmp_path: Path) -> None:
+    folder = tmp_path / "nested"
+    shutil.copytree(PACKED / "gptq", folder)
+    config = json.loads((folder / "config.json").read_text())
+    nested = {"text_config": {"quantization_config": config.pop("quantization_config")}}
+    (folder / "config.json").write_text(json.dumps(config | nested))
+    convert_model(str(folder), tmp_path / "out")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["text_config"] == {}
+    assert written["quantization_config"]["quant_method"] == "intscale"
 
 
 def test_version_2_of_gptq_is_seen_in_its_zero_points(tmp_path: Path) -> None:

@@ -41,9 +41,32 @@ def test_a_plugin_that_vllm_may_not_load() -> None:
     ("version", "message"), [("0.25.1", "not supported"), (None, "pip install")]
 )
 def test_another_vllm(version: str | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda name: version if name == "vllm" else None)
+    monkeypatch.setattr(
+        doctor, "_version", lambda name: {"vllm": version, doctor.PACKAGE: "0"}.get(name)
+    )
     (found,) = [f for f in doctor.examine() if f.about == "vLLM"]
     assert found.problem and message in found.text
+
+
+def test_a_package_that_is_only_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def requires(name: str) -> list[str]:
+        raise doctor.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.32.0" if name == "vllm" else None)
+    monkeypatch.setattr(doctor.metadata, "requires", requires)
+    monkeypatch.setattr(doctor.metadata, "entry_points", lambda **_: ())
+    found = {f.about: f for f in doctor.examine()}
+    assert not found["vLLM"].problem
+    assert found["plugin"].problem and "pip install it" in found["plugin"].text
+
+
+def test_whatever_is_raised_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(device: str) -> str:
+        raise RuntimeError(f"{device} is broken\nin some way")
+
+    monkeypatch.setattr(doctor, "compute", broken)
+    found = [f for f in doctor.examine() if f.about == "kernels"]
+    assert all(f.problem and f.text.endswith("is broken") for f in found) and found
 
 
 def test_a_wrong_result_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,11 @@ DTYPES = {
 _EXPECTED = {"qweight": ("I32", 2), "group_scale": ("I16", 2), "channel_scale": ("F32", 1)}
 
 
+def bits_of(dtype: str) -> int:
+    """Bits of an element, of a dtype as safetensors spells it: "BF16", "F8_E4M3", "BOOL"."""
+    return next(map(int, re.findall(r"\d+", dtype)), 8)
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a safetensors file; dtype as safetensors spells it ("BF16")."""
@@ -52,8 +57,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        bits = next(map(int, re.findall(r"\d+", self.dtype)), 8)  # F8_E4M3, BOOL
-        return math.prod(self.shape) * bits // 8
+        return math.prod(self.shape) * bits_of(self.dtype) // 8
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from vllm_intscale.sm80_gemm import Routing
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.int32: 2}  # DTYPE in common.cuh
 ROW_THREADS = 256
+MAX_ROW_THREADS = 1024  # kMaxThreads of activation.cu
 HELD_COLUMNS = 16  # of a thread of quantize_activation, kHeld * kVector of activation.cu
 MAX_ROW_BYTES = 96 * 1024  # shared memory for one row of silu_mul_quantize
 
@@ -175,7 +176,7 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
     if m:
         kernel = _row_kernel("quantize_activation", x.dtype)
         args = (x, a8, token_scale, *map(np.int64, (k, x.stride(0), a8.shape[1])))
-        threads = min(1024, -(-k // (32 * HELD_COLUMNS)) * 32)
+        threads = min(MAX_ROW_THREADS, -(-k // (32 * HELD_COLUMNS)) * 32)
         jit.launch(kernel, x.device, (m,), threads, args, overlap=True)
     return a8, token_scale
 

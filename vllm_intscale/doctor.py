@@ -51,8 +51,9 @@ def examine() -> Iterator[Finding]:
     for about, check in checks:
         try:
             yield Finding(about, check())
-        except IntScaleError as error:
-            yield Finding(about, str(error), problem=True)
+        except Exception as error:  # whatever a broken installation raises
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            yield Finding(about, reason, problem=True)
 
 
 def _pytorch() -> str:
@@ -72,6 +73,8 @@ def _vllm() -> str:
     if not names:
         raise IntScaleError("not installed; it serves the models: pip install vllm")
     version = str(_version(names[0]))
+    if _version(PACKAGE) is None:  # `_plugin` says so
+        return f"{names[0]} {version}"
     wanted = (Requirement(line) for line in metadata.requires(PACKAGE) or ())
     (supported,) = {r.specifier for r in wanted if r.name == "vllm"}
     if not supported.contains(version, prereleases=True):

@@ -13,7 +13,7 @@ from vllm_intscale.format import GROUP_SIZES, CheckpointConfig
 from vllm_intscale.quantize.packed import read_packed, with_weights
 from vllm_intscale.quantize.report import Progress, Report
 from vllm_intscale.quantize.shards import OpenFiles
-from vllm_intscale.quantize.source import decide, make_plan, resolve
+from vllm_intscale.quantize.source import QUANTIZATION_KEYS, decide, make_plan, resolve
 from vllm_intscale.quantize.stream import check_output, write_checkpoint
 
 __all__ = ["Progress", "Report", "convert_model", "quantize_model"]
@@ -73,9 +73,10 @@ def convert_model(
     check_output(Path(out), resume=resume)
     folder = resolve(source, revision)
     stored, model_config = read_headers(folder), read_config(folder)
-    section = model_config.pop("quantization_config", None) or model_config.pop(
-        "compression_config", None
-    )
+    section = None
+    for part in (model_config.get("text_config") or {}, model_config):
+        for key in QUANTIZATION_KEYS:
+            section = part.pop(key, None) or section
     if not isinstance(section, dict):
         raise IntScaleError(
             f"{folder / CONFIG} has no quantization_config; an unquantized model is quantized "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vllm_intscale.checkpoint import INDEX, SINGLE_FILE, StoredTensor
+from vllm_intscale.checkpoint import INDEX, SINGLE_FILE, StoredTensor, bits_of
 
 SHARD_BYTES = 5_000_000_000
 
@@ -44,8 +43,7 @@ class TensorSpec(NamedTuple):
     @property
     def itemsize(self) -> int:
         """Bytes of an element."""
-        bits = re.search(r"\d+", self.dtype)  # "BF16", "F8_E4M3"; none in "BOOL"
-        return int(bits[0]) // 8 if bits else 1
+        return bits_of(self.dtype) // 8
 
     @property
     def nbytes(self) -> int:

@@ -31,6 +31,7 @@ from vllm_intscale.quantize.packed import PackedLayer
 # Weights of any format, other than the safetensors that are read: neither downloaded nor copied.
 OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # of config.json or text_config
 
 # Models that store their matrices (or experts) as [K, N].
 TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "jais", "gpt_oss", "llama4", "llama4_text")
@@ -187,7 +188,7 @@ def decide(
 
 def _refuse_quantized(folder: Path, model_config: Mapping[str, Any]) -> None:
     for section in (model_config, model_config.get("text_config") or {}):
-        for key in ("quantization_config", "compression_config"):
+        for key in QUANTIZATION_KEYS:
             if found := section.get(key):
                 method = found.get("quant_method") if isinstance(found, dict) else found
                 raise IntScaleError(
