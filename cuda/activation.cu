@@ -74,6 +74,13 @@ __device__ __forceinline__ void store_codes(int8_t* a8, int64_t row, int64_t row
   *reinterpret_cast<uint2*>(a8 + activation_chunk(row, rows_padded, k) + k % 16) = codes;
 }
 
+// Zeros between a row's k and the next multiple of 128, so that no GEMM reads what nobody wrote.
+__device__ __forceinline__ void clear_padding(int8_t* a8, int64_t row, int64_t rows_padded, int k) {
+  for (int i = k + threadIdx.x * kVector; i < (k + 127) / 128 * 128; i += blockDim.x * kVector) {
+    *reinterpret_cast<uint2*>(a8 + activation_chunk(row, rows_padded, i) + i % 16) = {0, 0};
+  }
+}
+
 __device__ __forceinline__ void clear_flags(int8_t* a8, int64_t rows_padded, int64_t k) {
   uint4* flags = reinterpret_cast<uint4*>(a8 + activation_bytes(rows_padded, k));
   if (blockIdx.x > 0) return;
@@ -108,6 +115,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
   for (int i = rest; i < vectors; i += blockDim.x) {
     store_codes(a8, row, rows_padded, i * kVector, in[i], s.inverse);
   }
+  clear_padding(a8, row, rows_padded, int(k));
   if (threadIdx.x == 0) token_scale[row] = s.scale;
 }
 
@@ -138,6 +146,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
   for (int64_t i = threadIdx.x; i < k / kVector; i += blockDim.x) {  // its own: no barrier
     store_codes(a8, row, rows_padded, int(i) * kVector, hidden[i], s.inverse);
   }
+  clear_padding(a8, row, rows_padded, int(k));
   if (threadIdx.x == 0) token_scale[row] = s.scale;
 }
 

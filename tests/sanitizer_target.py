@@ -5,11 +5,12 @@ proof that racecheck would see a missing barrier."""
 from __future__ import annotations
 
 import argparse
+import itertools
 
 import torch
 from generators import activation, assert_same_bits, packed, routing, weight
 
-from vllm_intscale import cuda_backend, jit, ops, reference, sm80_gemm, sm90_gemm
+from vllm_intscale import activations, cuda_backend, jit, ops, reference, sm80_gemm, sm90_gemm
 
 
 def main() -> None:
@@ -30,8 +31,8 @@ def main() -> None:
         qweight, group_scale, channel_scale = (t.cuda() for t in packed(w))
         a8, token_scale = activation(35, k)
         runs = [
-            (w, (*sm80_gemm.prepare_weight(qweight, group_scale), channel_scale), tile, None)
-            for tile in sm80_gemm.TILES
+            (w, (*sm80_gemm.prepare_weight(qweight, group_scale), channel_scale), tile, splits)
+            for tile, splits in itertools.product(sm80_gemm.TILES, (1, 2))
         ]
         for form in sm90_gemm.FORMS if hopper else ():
             exact = reference.fold(w) if form == "fold" else w
@@ -43,7 +44,7 @@ def main() -> None:
                     if splits in tile.splits(k, group_size, form)
                 ]
         for exact, ready, tile, splits in runs:
-            blocked = cuda_backend.swizzle(a8.cuda())
+            blocked = activations.swizzle(a8.cuda())
             y = cuda_backend.gemm(
                 blocked, token_scale.cuda(), *ready, None, torch.int32, tile, splits
             )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from generators import (
     weight,
 )
 
-from vllm_intscale import cuda_backend, jit, ops, reference, sm80_gemm, sm90_gemm
+from vllm_intscale import activations, cuda_backend, jit, ops, reference, sm80_gemm, sm90_gemm
 from vllm_intscale.reference import Weight
 from vllm_intscale.sm80_gemm import TILES
 from vllm_intscale.sm90_gemm import FORMS, STREAMED
@@ -69,10 +70,11 @@ def arithmetic(w: Weight, family: str) -> Weight:
 
 def variants(
     family: str, k: int, group_size: int, splits: tuple[int, ...] = (1, 2, 5, 8)
-) -> list[tuple[object, int | None]]:
-    """Tiles of a family, on Hopper each streamed and with splits of k; last, its own choice."""
+) -> list[tuple[Any, int | None]]:
+    """Tiles of a family with splits of k, on Hopper each streamed, too; last, its own choice."""
     if family == "sm80":
-        return [(tile, None) for tile in TILES]
+        blocks = -(-k // sm80_gemm.BLOCK_K)
+        return [*itertools.product(TILES, (s for s in splits if s <= blocks)), (None, None)]
     tiles = sm90_gemm.tiles(family)
     every = [
         (tile, s)
@@ -103,7 +105,9 @@ def check_gemm(
     ready = prepared(w, family)
     group_size = k // w.group_scale.shape[1]
     for m, (tile, split) in itertools.product(tokens, variants(family, k, group_size, splits)):
-        blocked = cuda_backend.swizzle(a8[:m])
+        if family == "sm80" and (split or 1) > 1 and not tile.can_split(m, n):
+            continue
+        blocked = activations.swizzle(a8[:m])
         for dtype in (torch.int32, *HALF):
             part = None if dtype == torch.int32 else bias.to(dtype)
             y = cuda_backend.gemm(blocked, token_scale[:m], *ready, part, dtype, tile, split)
@@ -158,7 +162,7 @@ def test_gemm_at_the_accumulator_bound(k: int, group_size: int, family: str) -> 
     assert int(acc.abs().max()) > 2**31 * 0.9 or k == 128 or family == "fold"
     every = variants(family, k, group_size)
     for (tile, split), dtype in itertools.product(every, (torch.int32, *HALF)):
-        ready, blocked = prepared(w, family), cuda_backend.swizzle(a8)
+        ready, blocked = prepared(w, family), activations.swizzle(a8)
         y = cuda_backend.gemm(blocked, token_scale, *ready, None, dtype, tile, split)
         if dtype == torch.int32:
             assert_same_bits(y, acc)
@@ -176,7 +180,7 @@ def test_gemm_sees_every_input(family: str) -> None:
     a8[a8 == 0] = 1
 
     def run(w: Weight, a8: torch.Tensor) -> torch.Tensor:
-        blocked = cuda_backend.swizzle(a8)
+        blocked = activations.swizzle(a8)
         return cuda_backend.gemm(blocked, token_scale, *prepared(w, family), None, torch.int32)
 
     base = run(w, a8)
@@ -226,7 +230,7 @@ def test_quantize_activation_equals_reference(k: int, dtype: torch.dtype) -> Non
         step = 2 if view.shape[0] < x.shape[0] else 1
         a8_gpu, scale_gpu = cuda_backend.quantize_activation(view)
         rows = view.shape[0]
-        assert_same_bits(cuda_backend.unswizzle(a8_gpu, rows, k).cpu(), a8[::step])
+        assert_same_bits(activations.unswizzle(a8_gpu, rows, k).cpu(), a8[::step])
         assert_same_bits(scale_gpu.cpu(), scale[::step])
 
 
@@ -239,7 +243,7 @@ def test_silu_mul_quantize_equals_reference(dtype: torch.dtype) -> None:
         a8, scale = reference.quantize_activation(reference.silu_mul(x))
         local = torch.zeros(x.shape[0], dtype=torch.int32, device="cuda")
         a8_gpu, scale_gpu = cuda_backend.silu_mul_quantize(x.cuda(), local)
-        assert_same_bits(cuda_backend.unswizzle(a8_gpu, *a8.shape).cpu(), a8)
+        assert_same_bits(activations.unswizzle(a8_gpu, *a8.shape).cpu(), a8)
         assert_same_bits(scale_gpu.cpu(), scale)
 
 
@@ -291,7 +295,7 @@ def check_grouped_gemm(n: int, k: int, group_size: int) -> None:
         ids = routing(m, topk, 4, kind)[1].cuda()
         used = ids >= 0
         rows = torch.arange(m, device="cuda")[:, None].expand_as(ids)[used]
-        blocked = cuda_backend.swizzle(a8[:m])
+        blocked = activations.swizzle(a8[:m])
         for tile in TILES:
             routes = cuda_backend.group_slots(ids, None, 4, tile.m)
             for dtype, every in expected.items():
@@ -394,7 +398,7 @@ def test_no_compile_inside_capture() -> None:
 def test_reruns_give_the_same_bits(family: str) -> None:
     w = prepared(weight(1408, 4096, 128, device="cuda", foldable=True), family)
     a8, scale = activation(129, 4096, device="cuda")
-    a8 = cuda_backend.swizzle(a8)
+    a8 = activations.swizzle(a8)
     for tile, split in variants(family, 4096, 128):
         first = cuda_backend.gemm(a8, scale, *w, None, torch.int32, tile, split)
         for _ in range(100):

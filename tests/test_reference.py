@@ -19,7 +19,7 @@ from generators import (
     weight,
 )
 
-from vllm_intscale import cuda_backend, ops, reference, sm90_gemm
+from vllm_intscale import activations, cuda_backend, ops, reference, sm80_gemm, sm90_gemm
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.packing import pack_codes
 
@@ -252,7 +252,6 @@ def test_what_a_table_cannot_hold_is_not_folded() -> None:
 
 
 def test_form_of_a_layer_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_intscale import cuda_backend
 
     w = weight(64, 128, 64, foldable=True)
     negative = w.group_scale.clone()
@@ -290,15 +289,35 @@ def test_choice_of_tile_covers_every_shape() -> None:
         tiles = -(-n // tile.n) * -(-m // tile.m)
         assert clusters and not rest and 0 <= plan.whole_tiles <= tiles
         assert (plan.whole_tiles < tiles) == (splits == sm90_gemm.STREAMED) == (plan.partials > 0)
-        assert tile.warpgroups * plan.grid[0] * 4 <= sm90_gemm.FLAG_BYTES or not plan.partials
+        assert tile.warpgroups * plan.grid[0] * 4 <= activations.FLAG_BYTES or not plan.partials
+
+
+def test_portable_choice_of_tile_covers_every_shape() -> None:
+    """On an A100, an L40S and an H100; and every tile can be launched on all of them."""
+    chips = [sm80_gemm.Chip(108, 167_936), sm80_gemm.Chip(142, 102_400)]
+    chips.append(sm80_gemm.Chip(132, 233_472))
+    for m, n, k, group_size, chip in itertools.product(
+        (1, 9, 64, 65, 1000, 100_000),
+        (1, 64, 1000, 152_064),
+        (32, 128, 1408, 29_568),
+        (32, 64, 128),
+        chips,
+    ):
+        k_blocks = -(-k // sm80_gemm.BLOCK_K)
+        tile, splits = sm80_gemm.choose(m, n, k_blocks, group_size, chip)
+        assert 1 <= splits <= k_blocks and (splits == 1 or tile.can_split(m, n))
+        assert sm80_gemm.choose(m, n, k_blocks, group_size, chip, (1,))[1] == 1
+    limit = 99 * 1024  # of a block on sm_86, sm_89 and sm_120
+    for tile, group_size in itertools.product(sm80_gemm.TILES, (32, 64, 128)):
+        assert tile.shared_bytes(group_size) <= limit
 
 
 def test_activations_without_flags_are_refused() -> None:
     """Blocks of the Hopper GEMM meet in memory behind the activations, which a copy lacks."""
     for a8 in (
-        cuda_backend.swizzle(torch.ones(5, 96, dtype=torch.int8)),
-        cuda_backend.new_activation(torch.empty(0), 9, 200),
+        activations.swizzle(torch.ones(5, 96, dtype=torch.int8)),
+        activations.new_activation(torch.empty(0), 9, 200),
     ):
-        sm90_gemm.check_flags(a8)
+        activations.check_flags(a8)
         with pytest.raises(IntScaleError, match="4096 bytes of flags"):
-            sm90_gemm.check_flags(a8.clone())
+            activations.check_flags(a8.clone())

@@ -7,7 +7,6 @@ test or a benchmark may force one. All are bit-identical to `reference`. Dense l
 
 from __future__ import annotations
 
-import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_intscale import jit, sm80_gemm, sm90_gemm
+from vllm_intscale.activations import new_activation
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.packing import unpack_codes
 from vllm_intscale.sm80_gemm import Routing
@@ -90,32 +90,6 @@ def integer_weight(qweight: Tensor, group_scale: Tensor, n: int, k: int) -> Tens
     if _is_hopper_layout(qweight):
         return sm90_gemm.integer_weight(qweight, group_scale, n, k)
     return sm80_gemm.integer_weight(qweight, group_scale, n, k)
-
-
-def new_activation(like: Tensor, rows: int, k: int) -> Tensor:
-    """Uninitialized int8 activations of `rows` x `k` in the kernels' layout, flags behind them."""
-    shape = -(-k // 128), -(-rows // 8) * 8, 128
-    size = math.prod(shape)
-    return like.new_empty(size + sm90_gemm.FLAG_BYTES, dtype=torch.int8)[:size].view(shape)
-
-
-def swizzle(a8: Tensor) -> Tensor:
-    """int8 `[rows, K]` to the layout of `new_activation`, its padding zero."""
-    rows, k = a8.shape
-    a8 = torch.nn.functional.pad(a8, (0, -k % 128, 0, -rows % 8))
-    chunks = a8.view(a8.shape[0], a8.shape[1] // 128, 8, 16)
-    row = torch.arange(chunks.shape[0], device=a8.device) % 8
-    order = torch.arange(8, device=a8.device) ^ row[:, None]
-    chunks = chunks.gather(2, order[:, None, :, None].expand(chunks.shape))
-    blocks = chunks.transpose(0, 1).flatten(2)
-    flags = a8.new_zeros(sm90_gemm.FLAG_BYTES)
-    return torch.cat((blocks.flatten(), flags))[: blocks.numel()].view(blocks.shape)
-
-
-def unswizzle(a8: Tensor, rows: int, k: int) -> Tensor:
-    """The inverse: int8 `[rows, K]`."""
-    flat = a8.transpose(0, 1).flatten(1)  # swapping chunks by XOR is its own inverse
-    return swizzle(flat).transpose(0, 1).flatten(1)[:rows, :k]
 
 
 # ---- operators ----------------------------------------------------------------------------------
@@ -210,7 +184,7 @@ def gemm(
 ) -> Tensor:
     """See `reference.gemm`; the weight as `prepare_weight` made it. int32 gives accumulators.
 
-    splits: blocks that share a tile's k, on Hopper, or sm90_gemm.STREAMED.
+    splits: blocks that share a tile's k; on Hopper, sm90_gemm.STREAMED, too.
     """
     m = token_scale.shape[0]
     out = a8.new_empty(m, channel_scale.shape[0], dtype=dtype)
@@ -221,8 +195,8 @@ def gemm(
         assert not isinstance(tile, sm80_gemm.Tile)
         sm90_gemm.gemm(a8, token_scale, weight, bias, out, code, tile, splits)
     else:
-        assert not isinstance(tile, sm90_gemm.Tile) and splits is None
-        sm80_gemm.gemm(a8, token_scale, weight, bias, out, code, tile or sm80_gemm.tile_for(m))
+        assert not isinstance(tile, sm90_gemm.Tile)
+        sm80_gemm.gemm(a8, token_scale, weight, bias, out, code, tile, splits)
     return out
 
 
@@ -256,7 +230,7 @@ def grouped_gemm(
     """
     out = a8.new_empty(routing.slot_expert.shape[0], weight[2].shape[1], dtype=dtype)
     code = _dtype_code(dtype)
-    sm80_gemm.gemm(a8, token_scale, weight, None, out, code, tile, routing)
+    sm80_gemm.gemm(a8, token_scale, weight, None, out, code, tile, routing=routing)
     return out
 
 
@@ -278,7 +252,7 @@ def moe(
         x = x * topk_weights.to(x.dtype)
         topk_weights = torch.ones_like(topk_weights)
     experts, (tokens, topk) = w13[0].shape[0], topk_ids.shape
-    tile = tile or sm80_gemm.tile_for(-(-tokens * topk // experts))
+    tile = tile or sm80_gemm.choose_grouped(tokens * topk, w13)
     routing = group_slots(topk_ids, expert_map, experts, tile.m)
     gate_up = grouped_gemm(*quantize_activation(x), w13, routing, x.dtype, tile)
     hidden = silu_mul_quantize(gate_up, routing.slot_expert)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_intscale import jit, reference
-from vllm_intscale.errors import IntScaleError
+from vllm_intscale.activations import FLAG_BYTES, check_flags
 
 FORMS = ("fold", "accumulate")
 BLOCK_K = 128
@@ -25,7 +25,6 @@ SHARED_BYTES = 227 * 1024  # of a block, at most
 MULTIPROCESSOR_BYTES = 228 * 1024  # of its blocks and 1 KB for each
 ROWS = 4096  # of a weight prepared at a time: bounds the extra memory
 MAX_SPLITS = 8  # blocks of a portable cluster
-FLAG_BYTES = 4096  # kFlagBytes of common.cuh
 STREAMED = 0  # instead of a number of splits: see cuda/sm90_schedule.cuh
 
 
@@ -369,15 +368,6 @@ def _plan(
         whole_tiles,
         partials,
     )
-
-
-def check_flags(a8: Tensor) -> None:
-    """Refuse activations without the flags that `quantize_activation` leaves behind them."""
-    if a8.untyped_storage().nbytes() < a8.storage_offset() + a8.numel() + FLAG_BYTES:
-        raise IntScaleError(
-            f"quantized activations {list(a8.shape)} are a copy without the {FLAG_BYTES} bytes of "
-            "flags behind them; pass on what torch.ops.intscale.quantize_activation returned"
-        )
 
 
 def gemm(

@@ -74,14 +74,18 @@ def _accumulate(weight: Tensor, float_scale: bool) -> Layer:
     return Layer(prepared, gemm, cuda_backend.quantize_activation)
 
 
-def intscale(weight: Tensor) -> Layer:
-    """All that the benchmark knows of this package's kernels."""
-    from vllm_intscale import cuda_backend
+def intscale(weight: Tensor, portable: bool = False) -> Layer:
+    """What a linear layer runs on this GPU, or would on one that is not a Hopper ("portable")."""
+    from vllm_intscale import cuda_backend, sm80_gemm
     from vllm_intscale.format import LayerScheme
     from vllm_intscale.quantize.rtn import quantize_rows
 
     rows = quantize_rows("benchmark", weight, LayerScheme(4, GROUP), "channel")
-    prepared = cuda_backend.prepare_weight(rows.qweight, rows.group_scale, rows.channel_scale)
+    if portable:
+        ready = sm80_gemm.prepare_weight(rows.qweight, rows.group_scale)
+        prepared = *ready, rows.channel_scale
+    else:
+        prepared = cuda_backend.prepare_weight(rows.qweight, rows.group_scale, rows.channel_scale)
 
     def gemm(a: Tensors, w: Tensors) -> Tensor:
         a8, token_scale = a
@@ -274,6 +278,7 @@ def _humming(weight: Tensor, activation: str | None, integer_scale: bool = False
 # values, of int4 weights 0.11 to 0.12.
 PEERS: dict[str, Peer] = {
     "intscale": Peer(intscale, 0.2),
+    "intscale_portable": Peer(partial(intscale, portable=True), 0.2),
     "intscale_integer_scale": Peer(partial(_accumulate, float_scale=False), 0.2),
     "intscale_float_scale": Peer(partial(_accumulate, float_scale=True), 0.2),
     "bf16": Peer(bf16, 0.005),
