@@ -134,3 +134,8 @@ def prompt_logprobs(model: nn.Module, prompts: list[list[int]]) -> list[list[flo
         tokens = torch.tensor(prompt[1:])[:, None]
         result.append(logits.log_softmax(-1).gather(1, tokens).squeeze(1).tolist())
     return result
+
+
+def load_unquantized(folder: Path) -> nn.Module:
+    """The original."""
+    return AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -46,6 +47,13 @@ def main() -> None:
         sys.exit(f"intscale: error: {error}; free space or fix permissions, then run again")
 
 
+class Method(StrEnum):
+    """Of `quantize`."""
+
+    RTN = "rtn"
+    GPTQ = "gptq"
+
+
 @app.command()
 def quantize(
     source: Annotated[
@@ -75,6 +83,23 @@ def quantize(
             "match counts. Example: re:.*down_proj:group_size=64",
         ),
     ] = None,
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="rtn: round to nearest. gptq: choose codes for the activations of a text."
+        ),
+    ] = Method.RTN,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help='That text, for --method gptq: plain, or .jsonl with "text".'
+        ),
+    ] = None,
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Samples taken from it.")] = 128,
+    calibration_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of a sample; default: as the model allows, at most 2048."),
+    ] = None,
     scale_search: Annotated[
         bool,
         typer.Option(
@@ -90,12 +115,22 @@ def quantize(
 ) -> None:
     """Quantize a model: int4 weights, integer group scales, for int8 activations.
 
-    Weights are rounded to nearest; no calibration data and no GPU are needed.
+    Weights are rounded to nearest, without data or a GPU, or chosen by GPTQ, which runs a text
+    through the model and needs it in memory.
     """
     from vllm_intscale.inspection import inspect_model
-    from vllm_intscale.quantize import quantize_model
+    from vllm_intscale.quantize import Calibration, quantize_model
     from vllm_intscale.quantize.stream import check_output
 
+    text = None
+    if method == Method.GPTQ:
+        if calibration is None:
+            raise IntScaleError("--method gptq needs a text: --calibration FILE")
+        if scale_search:
+            raise IntScaleError("--method gptq searches scales already; leave out --scale-search")
+        text = Calibration(calibration, calibration_samples, calibration_length)
+    elif calibration:
+        raise IntScaleError("--calibration needs --method gptq")
     config = CheckpointConfig(
         group_size=group_size,
         amplifier=_parse_amplifier(amplifier),
@@ -110,7 +145,9 @@ def quantize(
         return
     start = time.monotonic()
     with _progress_display() as on_progress:
-        report = quantize_model(source, out, config, revision, on_progress, scale_search, resume)
+        report = quantize_model(
+            source, out, config, revision, on_progress, scale_search, resume, text
+        )
     _print_report(report, time.monotonic() - start)
     print(f"\nServe it:  vllm serve {out}")
 
@@ -387,6 +424,12 @@ def _print_report(report: Report, seconds: float) -> None:
         f"Model       {_size(report.source_bytes)} to {_size(report.written_bytes)} in "
         f"{seconds:.0f} s"
     )
+    if report.uncalibrated:
+        names = ", ".join(report.uncalibrated[:2]) + (", ..." if report.uncalibrated[2:] else "")
+        print(
+            f"Rounded     {len(report.uncalibrated)} layers to nearest, which too little of the "
+            f"text reaches: {names}"
+        )
     _print_conversions(report)
     print(f"Scales      {report.lost_groups} rounded to 0, which makes the group's weights 0")
     print(

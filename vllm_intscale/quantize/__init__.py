@@ -10,13 +10,14 @@ from pathlib import Path
 from vllm_intscale.checkpoint import CONFIG, read_config, read_headers
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import GROUP_SIZES, CheckpointConfig
+from vllm_intscale.quantize.calibrate import Calibration
 from vllm_intscale.quantize.packed import read_packed, with_weights
 from vllm_intscale.quantize.report import Progress, Report
 from vllm_intscale.quantize.shards import OpenFiles
 from vllm_intscale.quantize.source import QUANTIZATION_KEYS, decide, make_plan, resolve
 from vllm_intscale.quantize.stream import check_output, write_checkpoint
 
-__all__ = ["Progress", "Report", "convert_model", "quantize_model"]
+__all__ = ["Calibration", "Progress", "Report", "convert_model", "quantize_model"]
 
 
 def quantize_model(
@@ -27,23 +28,32 @@ def quantize_model(
     on_progress: Callable[[Progress], None] = lambda _: None,
     search: bool = False,
     resume: bool = False,
+    calibration: Calibration | None = None,
 ) -> Report:
-    """Quantize a model by rounding to nearest and write it to the new folder `out`.
+    """Quantize a model and write it to the new folder `out`.
 
     source: folder or hub id of an unquantized model in safetensors. config: schemes, amplifier,
     ignore and overrides wanted (default: the format's); what is written names every exception.
     revision: of the hub model. on_progress: called after each tensor. search: choose group scales
     for the least squared error of the weights, instead of the largest weight. resume: go on where a
-    run of the same request was killed, if there was one.
+    run of the same request was killed, if there was one. calibration: a text, for whose activations
+    codes are chosen (GPTQ); without, they are rounded to nearest.
 
     Raises IntScaleError, and leaves nothing behind, if anything is not as it must be.
     """
+    if calibration and resume:
+        raise IntScaleError("--resume needs --method rtn; a calibrated run starts again")
     check_output(Path(out), resume=resume)  # before a download that may take hours
     folder = resolve(source, revision)
     method = "round to nearest" + (", scales searched" if search else "")
+    if calibration:
+        method = f"GPTQ, {calibration.samples} samples of {calibration.file.name}"
     origin = {**_origin(source, folder), "method": method}
     wanted = dataclasses.replace(config or CheckpointConfig(), source=origin)
-    return write_checkpoint(make_plan(folder, wanted), Path(out), on_progress, search, resume)
+    plan = make_plan(folder, wanted)
+    return write_checkpoint(
+        plan, Path(out), on_progress, search or bool(calibration), resume, calibration
+    )
 
 
 def convert_model(

@@ -72,6 +72,7 @@ class Report:
     written_bytes: int = 0
     left: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # by reason
     conversions: dict[str, Conversion] = field(default_factory=dict)  # of layers quantized before
+    uncalibrated: list[str] = field(default_factory=list)  # layers the calibration did not reach
     lost_groups: int = 0
     bound: int = 0  # largest bound of an int32 accumulator
     bound_layer: str = ""

@@ -64,15 +64,15 @@ def quantize_rows(
     exceed int16 or lets an accumulator overflow.
     """
     groups = weight.float().unflatten(-1, (-1, scheme.group_size))
-    scale = _float_scales(where, groups, scheme.bits)
-    channel = _channel_scale(where, scale, scheme, amplifier)
+    scale = float_scales(where, groups, scheme.bits)
+    channel = channel_scale(where, scale, scheme, amplifier)
     if search:
-        scale = _least_error(groups, scale, channel, scheme.bits)
+        scale = least_error(groups, scale, channel, scheme.bits)
 
     def round_rows(rows: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
         return _round(groups[rows], scale[rows], channel, scheme.bits)
 
-    return _within_bound(where, scale, channel, scheme, amplifier, round_rows)
+    return within_bound(where, scale, channel, scheme, amplifier, round_rows)
 
 
 def convert_rows(
@@ -107,21 +107,21 @@ def convert_rows(
     if not bool(kept.all()):
         weight = groups * torch.where(negative, -scale, scale)[..., None]
         scale = torch.where(kept, scale, weight.abs().amax(-1) / (limit - 1))
-    channel = _channel_scale(where, scale, scheme, amplifier)
+    channel = channel_scale(where, scale, scheme, amplifier)
     if weight is not None:
-        again = _least_error(weight, scale, channel, scheme.bits)
+        again = least_error(weight, scale, channel, scheme.bits)
         scale = torch.where(kept, scale, again)
         negative &= kept
 
     def round_rows(rows: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
-        new, group_scale = groups[rows], _integer_scale(scale[rows], channel)
+        new, group_scale = groups[rows], integer_scale(scale[rows], channel)
         if weight is not None:
-            step = _step(group_scale, channel)
+            step = step_of(group_scale, channel)
             new = torch.where(kept[rows][..., None], new, _codes(weight[rows], step, scheme.bits))
         group_scale = torch.where(negative[rows], -group_scale, group_scale)
         return new.to(torch.int8).flatten(-2), group_scale.to(torch.int16)
 
-    quantized = _within_bound(where, scale, channel, scheme, amplifier, round_rows)
+    quantized = within_bound(where, scale, channel, scheme, amplifier, round_rows)
     step = quantized.group_scale.double() * quantized.channel_scale.double()[:, None]
     if weight is not None:
         return _converted(quantized, weight, kept)
@@ -150,7 +150,7 @@ def _converted(quantized: QuantizedRows, weight: Tensor, kept: Tensor) -> Conver
     )
 
 
-def _channel_scale(
+def channel_scale(
     where: str, scale: Tensor, scheme: LayerScheme, amplifier: Literal["channel"] | int
 ) -> Tensor:
     """Channel scales, float32 `[n]`, for the float scales float64 `[n, G]`, all >= 0."""
@@ -165,7 +165,7 @@ def _channel_scale(
     return torch.full(scale.shape[:1], 1 / amplifier, dtype=torch.float32)
 
 
-def _within_bound(
+def within_bound(
     where: str,
     scale: Tensor,
     channel: Tensor,
@@ -205,7 +205,7 @@ def smallest_scale(where: str, weight: Tensor, scheme: LayerScheme) -> float:
 
     Raises IntScaleError if a weight is NaN or infinite.
     """
-    scale = _float_scales(where, weight.float().unflatten(-1, (-1, scheme.group_size)), scheme.bits)
+    scale = float_scales(where, weight.float().unflatten(-1, (-1, scheme.group_size)), scheme.bits)
     return float(torch.where(scale > 0, scale, torch.inf).min())
 
 
@@ -214,7 +214,7 @@ def heuristic_amplifier(smallest: float) -> int:
     return 1 << math.ceil(max(0.0, -math.log2(smallest)))
 
 
-def _float_scales(where: str, groups: Tensor, bits: int) -> Tensor:
+def float_scales(where: str, groups: Tensor, bits: int) -> Tensor:
     """Float scale of each group, float64 `[n, G]`, of float32 `[n, G, g]`."""
     amax = groups.abs().amax(dim=-1)
     if not bool(amax.isfinite().all()):
@@ -225,13 +225,22 @@ def _float_scales(where: str, groups: Tensor, bits: int) -> Tensor:
     return amax.double() / ((1 << (bits - 1)) - 1)
 
 
-def _least_error(groups: Tensor, scale: Tensor, channel: Tensor, bits: int) -> Tensor:
-    """Of the scales `scale` * CLIPS, in each group the one with the least squared error."""
+def least_error(
+    groups: Tensor,
+    scale: Tensor,
+    channel: Tensor,
+    bits: int,
+    energy: Tensor | float = 1.0,
+) -> Tensor:
+    """Of the scales `scale` * CLIPS, in each group the one with the least squared error.
+
+    groups `[n, G, g]`, scale float64 `[n, G]`; energy `[G, g]`: what the error of a weight counts.
+    """
     best, least = scale, torch.full_like(scale, torch.inf)
     for clip in CLIPS:
         codes, group_scale = _round(groups, scale * clip, channel, bits)
         step = group_scale.double() * channel.double()[:, None]
-        error = (groups - codes.view_as(groups) * step[..., None]).square_().sum(-1)
+        error = (groups - codes.view_as(groups) * step[..., None]).square_().mul_(energy).sum(-1)
         best = torch.where(error < least, scale * clip, best)
         least = torch.minimum(error, least)
     return best
@@ -239,17 +248,17 @@ def _least_error(groups: Tensor, scale: Tensor, channel: Tensor, bits: int) -> T
 
 def _round(groups: Tensor, scale: Tensor, channel: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """codes int8 `[n, K]` and group_scale int16 `[n, G]` for given channel scales."""
-    group_scale = _integer_scale(scale, channel)
-    codes = _codes(groups, _step(group_scale, channel), bits)
+    group_scale = integer_scale(scale, channel)
+    codes = _codes(groups, step_of(group_scale, channel), bits)
     return codes.flatten(-2), group_scale.to(torch.int16)
 
 
-def _integer_scale(scale: Tensor, channel: Tensor) -> Tensor:
+def integer_scale(scale: Tensor, channel: Tensor) -> Tensor:
     """S, float64 `[n, G]`; 1 for groups of zeros."""
     return torch.where(scale > 0, torch.round(scale / channel.double()[:, None]), 1.0)
 
 
-def _step(group_scale: Tensor, channel: Tensor) -> Tensor:
+def step_of(group_scale: Tensor, channel: Tensor) -> Tensor:
     """What a code is worth, float64 `[n, G]`; infinite where S is 0, for codes 0."""
     return torch.where(group_scale > 0, group_scale * channel.double()[:, None], torch.inf)
 

@@ -53,7 +53,7 @@ _LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\.")
 _EXPERT = re.compile(r"(.*\bexperts)\.\d+\.")
 _FUSED_EXPERTS = re.compile(r"(.*\bexperts)\.(gate_up_proj|down_proj)(\.weight)?")
 # Projections that vLLM fuses, in nearly all of its models; so it does all experts of a layer.
-_SERVED_AS = {
+SERVED_AS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
@@ -307,7 +307,7 @@ def _fit_group_sizes(matrices: list[Matrix]) -> list[Matrix]:
         if expert := _EXPERT.match(m.name):
             return expert[1]
         parent, dot, name = m.layer.rpartition(".")
-        return parent + dot + _SERVED_AS.get(name, name)
+        return parent + dot + SERVED_AS.get(name, name)
 
     sizes: dict[str, int] = {}
     for m in matrices:

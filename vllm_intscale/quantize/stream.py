@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch import Tensor
 from vllm_intscale.checkpoint import CONFIG, DTYPES, inside, validate_checkpoint
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import TENSOR_NAMES, Amplifier, LayerScheme
+from vllm_intscale.quantize.calibrate import Calibration, calibrate
 from vllm_intscale.quantize.journal import JOURNAL, Journal, fingerprint
 from vllm_intscale.quantize.packed import ROWS, PackedLayer
 from vllm_intscale.quantize.report import Conversion, Outcome, Progress, Report
@@ -53,11 +55,13 @@ def write_checkpoint(
     on_progress: Callable[[Progress], None] = lambda _: None,
     search: bool = False,
     resume: bool = False,
+    calibration: Calibration | None = None,
 ) -> Report:
     """Quantize and write the whole checkpoint to the new folder `out`, or nothing at all.
 
     Everything goes to `out` + ".partial" first, which is removed on any exception. search: see
     `rtn.quantize_rows`. resume: go on with such a folder of the same request, whose run was killed.
+    calibration: quantize by GPTQ what it reaches.
 
     Raises IntScaleError if a folder is in the way, the disk too small, a weight NaN or infinite,
     or the chosen amplifier too large.
@@ -80,7 +84,7 @@ def write_checkpoint(
                     raise IntScaleError(
                         f"{partial} lacks files that {JOURNAL} says were written; start again"
                     )
-                report = _write_all(plan, writer, journal, on_progress, search)
+                report = _write_all(plan, writer, journal, on_progress, search, calibration)
             _copy_other_files(plan.folder, partial)
             model_config = {**plan.model_config, "quantization_config": plan.config.to_dict()}
             (partial / CONFIG).write_text(json.dumps(model_config, indent=2) + "\n")
@@ -132,26 +136,40 @@ def _write_all(
     journal: Journal,
     on_progress: Callable[[Progress], None],
     search: bool,
+    calibration: Calibration | None,
 ) -> Report:
     report = Report(written_bytes=writer.total_bytes)
     total_bytes = sum(_source_bytes(m) for m in plan.matrices)
+    finished: dict[str, int] = {}  # bytes of the source
+
+    def finish(m: Matrix) -> None:
+        finished[m.name] = _source_bytes(m)
+        tensors, done_bytes = len(finished), sum(finished.values())
+        on_progress(Progress(tensors, len(plan.matrices), done_bytes, total_bytes))
+
     with _workers() as workers, OpenFiles() as files:
         work = _Work(files, workers, writer, plan.config.amplifier, search)
-        for tensors, m in enumerate(plan.matrices, 1):
-            if entry := journal.done.get(m.name):
-                outcome = Outcome.from_dict(entry)
-            else:
+        outcomes = {name: Outcome.from_dict(entry) for name, entry in journal.done.items()}
+        if calibration:
+            outcomes = work.calibrate(plan, calibration, finish)
+        calibrated = set(outcomes)
+        for m in plan.matrices:
+            outcome = outcomes.get(m.name)
+            if outcome is None:
                 outcome = work.write(m)
                 journal.add(m.name, _source_bytes(m), writer.sync, **outcome.to_dict())
             if m.scheme is None:
                 report.left[m.left].append(m.layer)
             else:
                 report.add_quantized(m.layer, outcome)
+                if calibration and m.name not in calibrated:
+                    report.uncalibrated.append(m.layer)
                 report.weights += math.prod(m.shape)
                 report.quantized_source_bytes += _source_bytes(m)
                 report.quantized_bytes += sum(spec.nbytes for spec in _specs(m))
             report.source_bytes += _source_bytes(m)
-            on_progress(Progress(tensors, len(plan.matrices), report.source_bytes, total_bytes))
+            if m.name not in finished:
+                finish(m)
     return report
 
 
@@ -185,6 +203,21 @@ class _Work:
             return self._convert(m, m.packed, m.scheme)
         return self._quantize(m, m.scheme)
 
+    def calibrate(
+        self, plan: Plan, calibration: Calibration, finish: Callable[[Matrix], None]
+    ) -> dict[str, Outcome]:
+        """Quantize by GPTQ what the calibration reaches; what became of it, by tensor."""
+        outcomes: dict[str, Outcome] = defaultdict(Outcome)
+
+        def write(m: Matrix, row: int, rows: QuantizedRows) -> None:
+            self.write_rows(m, row, rows)
+            outcomes[m.name].add_rows(rows.lost_groups, rows.bound)
+            if row + rows.qweight.shape[0] == m.shape[0]:
+                finish(m)
+
+        calibrate(plan, self.files, calibration, self.amplifier, write)
+        return outcomes
+
     def _quantize(self, m: Matrix, scheme: LayerScheme) -> Outcome:
         where, amplifier = f"{m.stored.file}: {m.name}", self.amplifier
         if amplifier == "heuristic":
@@ -196,7 +229,7 @@ class _Work:
         def quantize_block(block: tuple[int, Tensor]) -> tuple[int, int]:
             row, weight = block
             rows = quantize_rows(where, weight, scheme, amplifier, self.search)
-            self._write_rows(m, row, rows)
+            self.write_rows(m, row, rows)
             return rows.lost_groups, rows.bound
 
         outcome = Outcome()
@@ -220,7 +253,7 @@ class _Work:
             else:
                 weight = codes * scale[:, packed.group_of]
                 converted = requantize_rows(where, weight, scheme, amplifier)
-            self._write_rows(m, row, converted.rows)
+            self.write_rows(m, row, converted.rows)
             return converted
 
         outcome = Outcome(conversion=total)
@@ -233,10 +266,10 @@ class _Work:
             total.squares += squares
         return outcome
 
-    def _write_rows(self, m: Matrix, row: int, rows: QuantizedRows) -> None:
-        """In the worker: results that wait would fill the memory."""
+    def write_rows(self, m: Matrix, row: int, rows: QuantizedRows) -> None:
+        """Where they belong. In the worker: results that wait would fill the memory."""
         for name in TENSOR_NAMES:
-            self.writer.write(f"{m.layer}.{name}", row, getattr(rows, name))
+            self.writer.write(f"{m.layer}.{name}", row, getattr(rows, name).cpu())
 
 
 def _blocks(files: OpenFiles, m: Matrix) -> Iterator[tuple[int, Tensor]]:

@@ -1,0 +1,213 @@
+"""GPTQ: its arithmetic, and the run of a calibration text through real architectures."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import reference_model
+import torch
+from conftest import random_model
+from sources import dequantize, read_all
+from typer.testing import CliRunner
+
+from vllm_intscale import cli, evaluate
+from vllm_intscale.checkpoint import validate_checkpoint
+from vllm_intscale.errors import IntScaleError
+from vllm_intscale.format import LayerScheme
+from vllm_intscale.packing import unpack_codes
+from vllm_intscale.quantize import Calibration, gptq, quantize_model, rtn
+
+SHARED = Path(__file__).parents[2] / "shared"
+SCHEME = LayerScheme(4, 64)
+
+
+def correlated_inputs(tokens: int, k: int) -> torch.Tensor:
+    """float32 `[tokens, K]` with few directions that matter, and one column that is always 0."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(k, k, generator=generator) * torch.logspace(0, -2, k)[:, None]
+    x = torch.randn(tokens, k, generator=generator) @ mixing
+    x[:, 5] = 0
+    return x
+
+
+def values(rows: rtn.QuantizedRows, bits: int = 4) -> torch.Tensor:
+    step = rows.group_scale.double() * rows.channel_scale.double()[:, None]
+    codes = unpack_codes(rows.qweight, bits)
+    return codes * step.repeat_interleave(codes.shape[1] // step.shape[1], dim=1)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("amplifier", ["channel", 1024])
+def test_gptq_halves_the_error_of_correlated_inputs(amplifier: str, bits: int) -> None:
+    x = correlated_inputs(500, 192)
+    weight = torch.randn(40, 192, generator=torch.Generator().manual_seed(1))
+    weight[3, 64:128] = 0  # a group of zeros
+    weight[4] = 0
+    scheme = LayerScheme(bits, 64)
+    factor = gptq.factorize(x.t() @ x)
+    rows = gptq.quantize_rows("w", weight, scheme, amplifier, factor)
+    nearest = rtn.quantize_rows("w", weight, scheme, amplifier, search=True)
+    wanted = x.double() @ weight.double().t()
+
+    def error(rows: rtn.QuantizedRows) -> float:
+        return float((x.double() @ values(rows, bits).t() - wanted).norm() / wanted.norm())
+
+    assert error(rows) < error(nearest) / 2
+    assert not values(rows, bits)[3, 64:128].any() and not values(rows, bits)[4].any()
+    assert (rows.group_scale[4] == 1).all()
+
+
+def test_inputs_of_zeros_round_to_nearest() -> None:
+    """A Hessian of zeros says nothing: every column stands for itself."""
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(2))
+    rows = gptq.quantize_rows("w", weight, SCHEME, "channel", gptq.factorize(torch.zeros(128, 128)))
+    step = rows.group_scale.double() * rows.channel_scale.double()[:, None]
+    nearest = (weight.double().unflatten(1, (2, 64)) / step[..., None]).round().clamp(-8, 7)
+    assert torch.equal(unpack_codes(rows.qweight, 4).double(), nearest.flatten(1))
+
+
+def test_an_indefinite_hessian_is_damped_until_it_is_not() -> None:
+    x = correlated_inputs(3, 128) * 1e4  # of rank 3: float32 leaves small negative eigenvalues
+    factor = gptq.factorize(x.t() @ x)
+    assert factor.upper.isfinite().all() and (factor.upper.diagonal() > 0).all()
+
+
+def test_inputs_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(IntScaleError, match="NaN or Inf on the calibration text"):
+        gptq.factorize(torch.full((64, 64), torch.nan))
+
+
+# ---- through a model ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokens of the random models, whose words are t3, t4, ..."""
+    ids = torch.randint(3, 120, (2048,), generator=torch.Generator().manual_seed(0))
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(" ".join(f"t{i}" for i in ids.tolist()))
+    return file
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen2_moe", "deepseek_v2"])
+def test_every_layer_of_an_architecture_is_reached(kind: str, text: Path, tmp_path: Path) -> None:
+    """And the model's output is nearer to the original's than by rounding to nearest."""
+    source = random_model(kind, tmp_path / "source", torch.float32)
+    calibration = Calibration(text, samples=16, length=128)
+    report = quantize_model(str(source), tmp_path / "gptq", calibration=calibration)
+    assert not report.uncalibrated
+    quantize_model(str(source), tmp_path / "rtn", search=True)
+    validate_checkpoint(tmp_path / "gptq")
+    prompt = [[int(t[1:]) for t in text.read_text().split()[:256]]]
+    original = reference_model.load_unquantized(source)
+    with torch.no_grad():
+        wanted = original(torch.tensor(prompt)).logits
+        errors = [
+            float(
+                (
+                    reference_model.load(tmp_path / m, torch.float32)(torch.tensor(prompt)).logits
+                    - wanted
+                ).norm()
+            )
+            for m in ("gptq", "rtn")
+        ]
+    assert errors[0] < errors[1]
+
+
+def test_experts_that_the_text_does_not_reach_are_rounded(text: Path, tmp_path: Path) -> None:
+    source = random_model("mixtral", tmp_path / "source", torch.float32)
+    out = tmp_path / "out"
+    report = quantize_model(str(source), out, calibration=Calibration(text, 1, 160))
+    assert report.uncalibrated and all(".experts." in layer for layer in report.uncalibrated)
+    quantize_model(str(source), tmp_path / "rtn", search=True)
+    tensors, rounded = read_all(out), read_all(tmp_path / "rtn")
+    for layer in report.uncalibrated:
+        assert torch.equal(tensors[f"{layer}.qweight"], rounded[f"{layer}.qweight"])
+    assert (dequantize(tensors, "model.layers.1.self_attn.o_proj") != 0).any()
+
+
+def test_lines_of_json_are_read_as_text(text: Path, tmp_path: Path) -> None:
+    source = random_model("llama", tmp_path / "source", torch.float32)
+    words = text.read_text().split()
+    lines = [json.dumps({"text": " ".join(words[i : i + 64])}) for i in range(0, len(words), 64)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines) + "\n\n")
+    quantize_model(str(source), tmp_path / "a", calibration=Calibration(text, 4, 64))
+    jsonl = Calibration(tmp_path / "text.jsonl", 4, 64)
+    quantize_model(str(source), tmp_path / "b", calibration=jsonl)
+    a, b = read_all(tmp_path / "a"), read_all(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix", "wanted"),
+    [
+        ("t3 t4 t5", ".txt", "has 3 tokens, fewer than a sample of 64; name a longer"),
+        ('{"txt": "t3"}', ".jsonl", 'as lines of JSON with "text"'),
+        ("t3 t4", ".jsonl", 'as lines of JSON with "text"'),
+        (None, ".txt", "cannot be read as text"),
+    ],
+)
+def test_bad_text_leaves_nothing(
+    content: str | None, suffix: str, wanted: str, tmp_path: Path
+) -> None:
+    source = random_model("llama", tmp_path / "source", torch.float32)
+    file = tmp_path / f"text{suffix}"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(IntScaleError, match=re.escape(wanted)) as error:
+        quantize_model(str(source), tmp_path / "out", calibration=Calibration(file, 4, 64))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_model_that_transformers_cannot_load_leaves_nothing(text: Path, tmp_path: Path) -> None:
+    source = random_model("llama", tmp_path / "source", torch.float32)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "nobody"}))
+    with pytest.raises(IntScaleError, match="transformers cannot load the model.*--method rtn"):
+        quantize_model(str(source), tmp_path / "out", calibration=Calibration(text, 4, 64))
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--method", "gptq"], "--calibration FILE"),
+        (["--calibration", "t.txt"], "--calibration needs --method gptq"),
+        (["--method", "gptq", "--calibration", "t.txt", "--scale-search"], "leave out"),
+        (["--method", "gptq", "--calibration", "t.txt", "--resume"], "--resume needs --method rtn"),
+    ],
+)
+def test_options_that_do_not_go_together(options: list[str], wanted: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["quantize", "model", str(tmp_path / "out"), *options])
+    assert isinstance(result.exception, IntScaleError) and wanted in str(result.exception)
+
+
+def test_command_line(text: Path, tmp_path: Path) -> None:
+    source, out = random_model("llama", tmp_path / "source", torch.float32), tmp_path / "out"
+    options = ["--method", "gptq", "--calibration", str(text), "--calibration-samples", "4"]
+    command = ["quantize", str(source), str(out), *options, "--calibration-length", "128"]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 0, result.output
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["source"]["method"] == "GPTQ, 4 samples of text.txt"
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the trained models")
+@pytest.mark.parametrize(
+    ("model", "unquantized", "limit"),
+    [("llama-22m", 11.8018, 1.016), ("mixtral-15m", 14.8541, 1.02)],
+)
+def test_perplexity_of_trained_models(
+    model: str, unquantized: float, limit: float, tmp_path: Path
+) -> None:
+    """Against the original's on a CPU, `intscale eval`, over all windows of 512."""
+    calibration = Calibration(SHARED / "data" / "calibration.txt", 64, 512)
+    quantize_model(str(SHARED / "models" / model), tmp_path / "out", calibration=calibration)
+    result = evaluate.perplexity(str(tmp_path / "out"), SHARED / "data" / "heldout.txt")
+    assert result.perplexity <= limit * unquantized

@@ -1,0 +1,337 @@
+"""Run a calibration text through the model, layer by layer, and quantize each for what it gets.
+
+The model runs in transformers. Whatever architecture it has, its linear layers and experts end in
+`torch.nn.functional.linear`; that call is watched, and a weight is recognized by its first row, not
+by its name, which differs between files and modules. So fused projections and stacks of experts
+need no table of names.
+
+A decoder layer is done in stages, in the order in which its weights are used: what is served as one
+(q, k and v; gate and up of all experts) is quantized together, on inputs that the quantized weights
+before it have made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from vllm_intscale.errors import IntScaleError
+from vllm_intscale.format import Amplifier
+from vllm_intscale.packing import unpack_codes
+from vllm_intscale.quantize.gptq import Factor, factorize, quantize_rows
+from vllm_intscale.quantize.rtn import QuantizedRows, heuristic_amplifier, smallest_scale
+from vllm_intscale.quantize.shards import OpenFiles
+from vllm_intscale.quantize.source import SERVED_AS, Matrix, Plan
+
+MIN_TOKENS = 128  # that a weight has to see; experts that see fewer are rounded to nearest
+MAX_LENGTH = 2048  # of a sample
+ROWS = 4096  # of a matrix that are quantized at once
+_STAGE = {**SERVED_AS, "w1": "gate_up_proj", "w3": "gate_up_proj"}
+
+
+class Calibration(NamedTuple):
+    """What to calibrate with: a text file, or lines of JSON that have "text"."""
+
+    file: Path
+    samples: int = 128
+    length: int | None = None  # tokens of a sample; None: as the model allows, at most MAX_LENGTH
+
+
+@dataclass
+class _Input:
+    """What a weight has been multiplied with."""
+
+    hessian: Tensor | None = None  # sum of x x^T, float32 [K, K]
+    tokens: int = 0
+
+
+@dataclass
+class _Watch(TorchFunctionMode):
+    """Collects the inputs of the weights in `wanted`, by matrix; `order`: as they are met."""
+
+    by_first_row: dict[bytes, list[Matrix]]
+    wanted: set[str] = field(default_factory=set)
+    order: dict[str, None] = field(default_factory=dict)
+    inputs: dict[str, _Input] = field(default_factory=lambda: defaultdict(_Input))
+    weights: dict[str, Tensor] = field(default_factory=dict)  # views of the model's
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._parts: dict[tuple[int, torch.Size], list[Matrix]] = {}
+        self._last: tuple[Tensor, _Input] | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            x, weight = (*args, kwargs.get("input"), kwargs.get("weight"))[:2]
+            self._see(x.detach(), weight.detach())
+        return func(*args, **kwargs)
+
+    def _see(self, x: Tensor, weight: Tensor) -> None:
+        matrices = self._parts_of(weight)
+        if not matrices:
+            return
+        self.order.update(dict.fromkeys(m.name for m in matrices))
+        if not any(m.name in self.wanted for m in matrices):
+            return
+        if self._last is None or self._last[0] is not x and not _same(self._last[0], x):
+            seen = self.inputs[matrices[0].name]
+            rows = x.reshape(-1, x.shape[-1]).float()
+            if seen.hessian is None:
+                seen.hessian = rows.new_zeros(rows.shape[1], rows.shape[1])
+            seen.hessian.addmm_(rows.t(), rows)
+            seen.tokens += rows.shape[0]
+            self._last = x, seen
+        for m in matrices:  # those that always get the same input share its sum
+            self.inputs[m.name] = self._last[1]
+
+    def _parts_of(self, weight: Tensor) -> list[Matrix]:
+        """The matrices whose rows a weight consists of, none if there is another among them."""
+        key = weight.data_ptr(), weight.shape
+        if key not in self._parts:
+            parts: list[Matrix] = []
+            row = 0
+            while row < weight.shape[0]:
+                candidates = self.by_first_row.get(_fingerprint(weight[row]), [])
+                fitting = [m for m in candidates if m.name not in self.weights]
+                if not fitting or row + fitting[0].shape[0] > weight.shape[0]:
+                    parts = []
+                    break
+                parts.append(fitting[0])
+                row += fitting[0].shape[0]
+            row = 0
+            for m in parts:
+                self.weights[m.name] = weight[row : row + m.shape[0]]
+                row += m.shape[0]
+            self._parts[key] = parts
+        return self._parts[key]
+
+    def next_stage(self, names: set[str]) -> None:
+        """Collect the inputs of these from now on."""
+        self.wanted, self._last = names, None
+        self.inputs.clear()
+
+    def next_layer(self) -> None:
+        """Forget the last layer's weights, whose memory another one's may take."""
+        self.next_stage(set())
+        self.order.clear()
+        self.weights.clear()
+        self._parts.clear()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _fingerprint(row: Tensor) -> bytes:
+    return row.float().cpu().numpy().tobytes()
+
+
+def calibrate(
+    plan: Plan,
+    files: OpenFiles,
+    calibration: Calibration,
+    amplifier: Amplifier,
+    write: Callable[[Matrix, int, QuantizedRows], None],
+) -> None:
+    """Quantize by GPTQ every matrix of `plan` that the text reaches.
+
+    write: takes some rows of a matrix, and the number of the first.
+
+    Raises IntScaleError if the text is too short, or if transformers cannot run the model.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _load_model(plan.folder)
+    samples = _read_samples(plan.folder, model, calibration)
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+    layers = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=None)
+    if layers is None:
+        raise IntScaleError(f"{plan.folder}: the model has no list of layers to calibrate")
+    by_first_row: dict[bytes, list[Matrix]] = defaultdict(list)
+    for m in plan.matrices:
+        if m.scheme:
+            stored = files.slice(m.stored)
+            row = stored[m.first_row] if m.expert is None else stored[m.expert, m.first_row]
+            by_first_row[_fingerprint(row)].append(m)
+    watch = _Watch(by_first_row)
+
+    def run(layer: torch.nn.Module, kwargs: dict[str, Any]) -> list[Tensor]:
+        """What a layer makes of `hidden`."""
+        outputs = []
+        for x in hidden:
+            with _one_line_error(plan.folder, "run"), watch:
+                out = layer(x.to(device), **kwargs)
+            outputs.append((out[0] if isinstance(out, tuple) else out).cpu())
+        return outputs
+
+    with torch.no_grad():
+        with _one_line_error(plan.folder, "run"):
+            hidden, arguments = _inputs_of_layers(model, layers, samples)
+        for layer, kwargs in zip(layers, arguments, strict=True):
+            layer.to(device, torch.float32)
+            kwargs = _moved(kwargs, device)
+            watch.next_layer()
+            run(layer, kwargs)  # finds which weights there are, in which order
+            for stage in _stages(watch.order):
+                watch.next_stage(stage)
+                run(layer, kwargs)
+                _quantize_stage(plan, watch, stage, amplifier, write)
+            watch.next_stage(set())
+            hidden = run(layer, kwargs)
+            layer.to("meta")  # frees it
+
+
+def _quantize_stage(
+    plan: Plan,
+    watch: _Watch,
+    stage: set[str],
+    amplifier: Amplifier,
+    write: Callable[[Matrix, int, QuantizedRows], None],
+) -> None:
+    """Quantize these matrices for the inputs that they got, in the model too."""
+    factors: dict[int, Factor] = {}
+    for m in plan.matrices:
+        if m.name not in stage or m.scheme is None:
+            continue
+        seen = watch.inputs[m.name]
+        if seen.hessian is None or seen.tokens < MIN_TOKENS:
+            continue
+        if id(seen) not in factors:
+            factors[id(seen)] = factorize(seen.hessian)
+        weight = watch.weights[m.name]
+        where = f"{m.stored.file}: {m.name}"
+        number = amplifier
+        if number == "heuristic":
+            number = heuristic_amplifier(smallest_scale(where, weight, m.scheme))
+        for row in range(0, m.shape[0], ROWS):
+            part = weight[row : row + ROWS]
+            rows = quantize_rows(where, part, m.scheme, number, factors[id(seen)])
+            step = rows.group_scale.float() * rows.channel_scale[:, None]
+            codes = unpack_codes(rows.qweight, m.scheme.bits)
+            part.copy_(codes * step.repeat_interleave(m.scheme.group_size, dim=1))
+            write(m, row, rows)
+
+
+def _stages(order: dict[str, None]) -> list[set[str]]:
+    """Names that are quantized together, in order."""
+    stages: dict[str, set[str]] = defaultdict(set)
+    for name in order:
+        layer = re.sub(r"\bexperts\.\d+\.", "experts.", name.removesuffix(".weight"))
+        parent, dot, last = layer.rpartition(".")
+        stages[parent + dot + _STAGE.get(last, last)].add(name)
+    return list(stages.values())
+
+
+# ---- the model and the text ---------------------------------------------------------------------
+
+
+def _load_model(folder: Path) -> Any:
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError as error:
+        raise IntScaleError(
+            f"transformers cannot be imported ({error}); it runs the model for calibration: "
+            "pip install transformers"
+        ) from None
+    logging.disable_progress_bar()
+    with _one_line_error(folder, "load"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", attn_implementation="sdpa", experts_implementation="eager"
+        )
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _one_line_error(folder: Path, what: str) -> Iterator[None]:
+    """What goes wrong in a model's code, as IntScaleError."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise IntScaleError(
+            f"{folder}: transformers cannot {what} the model layer by layer ({reason}); quantize "
+            "with --method rtn"
+        ) from error
+
+
+def _read_samples(folder: Path, model: Any, calibration: Calibration) -> list[Tensor]:
+    """Token ids `[1, length]` each, spread evenly over the text."""
+    from transformers import AutoTokenizer
+
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", MAX_LENGTH)
+    length = calibration.length or min(MAX_LENGTH, limit)
+    try:
+        text = calibration.file.read_text()
+        if calibration.file.suffix == ".jsonl":
+            text = "\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntScaleError(
+            f'{calibration.file} cannot be read as text, or as lines of JSON with "text" '
+            f"({error}); name another --calibration"
+        ) from None
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
+    whole = len(ids) // length
+    if not whole:
+        raise IntScaleError(
+            f"{calibration.file} has {len(ids)} tokens, fewer than a sample of {length}; name a "
+            "longer --calibration or set --calibration-length"
+        )
+    windows = ids[: whole * length].view(whole, 1, length)
+    count = min(calibration.samples, whole)
+    return [windows[i * whole // count] for i in range(count)]
+
+
+class _Reached(Exception):
+    """The first layer has been reached."""
+
+
+def _inputs_of_layers(
+    model: Any, layers: torch.nn.ModuleList, samples: list[Tensor]
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """What the first layer gets for each sample, and what else each layer gets for any."""
+    arguments: list[dict[str, Any]] = []
+    hidden: list[Tensor] = []
+
+    def keep_arguments(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+
+    def keep_hidden(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden.append((args[0] if args else kwargs["hidden_states"]).float())
+        raise _Reached
+
+    hooks = [layer.register_forward_pre_hook(keep_arguments, with_kwargs=True) for layer in layers]
+    model(samples[0], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    hook = layers[0].register_forward_pre_hook(keep_hidden, with_kwargs=True)
+    for sample in samples:
+        with contextlib.suppress(_Reached):
+            model(sample, use_cache=False)
+    hook.remove()
+    return hidden, arguments
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """On the device, floats as float32."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(v, device) for v in value)
+    if isinstance(value, dict):
+        return {k: _moved(v, device) for k, v in value.items()}
+    return value
