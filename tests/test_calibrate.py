@@ -174,11 +174,22 @@ def test_a_model_that_transformers_cannot_load_leaves_nothing(text: Path, tmp_pa
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_model_without_tokenizer_leaves_nothing(text: Path, tmp_path: Path) -> None:
+    source = random_model("llama", tmp_path / "source", torch.float32)
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(IntScaleError, match="no usable tokenizer"):
+        quantize_model(str(source), tmp_path / "out", calibration=Calibration(text, 4, 64))
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
         (["--method", "gptq"], "--calibration FILE"),
-        (["--calibration", "t.txt"], "--calibration needs --method gptq"),
+        (["--calibration", "t.txt"], "need --method gptq"),
+        (["--calibration-samples", "9"], "need --method gptq"),
+        (["--calibration-length", "9"], "need --method gptq"),
         (["--method", "gptq", "--calibration", "t.txt", "--scale-search"], "leave out"),
         (["--method", "gptq", "--calibration", "t.txt", "--resume"], "--resume needs --method rtn"),
     ],

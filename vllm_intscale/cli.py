@@ -95,7 +95,9 @@ def quantize(
             metavar="FILE", help='That text, for --method gptq: plain, or .jsonl with "text".'
         ),
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(min=1, help="Samples taken from it.")] = 128,
+    calibration_samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples taken from it; default: 128.")
+    ] = None,
     calibration_length: Annotated[
         int | None,
         typer.Option(min=2, help="Tokens of a sample; default: as the model allows, at most 2048."),
@@ -128,9 +130,9 @@ def quantize(
             raise IntScaleError("--method gptq needs a text: --calibration FILE")
         if scale_search:
             raise IntScaleError("--method gptq searches scales already; leave out --scale-search")
-        text = Calibration(calibration, calibration_samples, calibration_length)
-    elif calibration:
-        raise IntScaleError("--calibration needs --method gptq")
+        text = Calibration(calibration, calibration_samples or 128, calibration_length)
+    elif calibration or calibration_samples or calibration_length:
+        raise IntScaleError("--calibration and its samples and length need --method gptq")
     config = CheckpointConfig(
         group_size=group_size,
         amplifier=_parse_amplifier(amplifier),

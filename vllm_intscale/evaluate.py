@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vllm_intscale.errors import IntScaleError
+from vllm_intscale.text import tokenize
 
 
 class Result(NamedTuple):
@@ -86,16 +87,7 @@ def _read_windows(model: str, text: Path, window: int, limit: int | None) -> lis
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise IntScaleError(f"{text} cannot be read ({error}); name a UTF-8 text file") from None
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise IntScaleError("eval needs vLLM and transformers; install vllm") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise IntScaleError(f"{model} has no usable tokenizer ({reason}); check the name") from None
-    ids: list[int] = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenize(model, content)
     windows = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)][:limit]
     if not windows:
         raise IntScaleError(

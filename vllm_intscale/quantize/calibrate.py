@@ -33,6 +33,7 @@ from vllm_intscale.quantize.gptq import Factor, factorize, quantize_rows
 from vllm_intscale.quantize.rtn import QuantizedRows, heuristic_amplifier, smallest_scale
 from vllm_intscale.quantize.shards import OpenFiles
 from vllm_intscale.quantize.source import SERVED_AS, Matrix, Plan
+from vllm_intscale.text import tokenize
 
 MIN_TOKENS = 128  # that a weight has to see; experts that see fewer are rounded to nearest
 MAX_LENGTH = 2048  # of a sample
@@ -270,12 +271,10 @@ def _one_line_error(folder: Path, what: str) -> Iterator[None]:
 
 def _read_samples(folder: Path, model: Any, calibration: Calibration) -> list[Tensor]:
     """Token ids `[1, length]` each, spread evenly over the text."""
-    from transformers import AutoTokenizer
-
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", MAX_LENGTH)
     length = calibration.length or min(MAX_LENGTH, limit)
     try:
-        text = calibration.file.read_text()
+        text = calibration.file.read_text(encoding="utf-8")
         if calibration.file.suffix == ".jsonl":
             text = "\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -283,8 +282,7 @@ def _read_samples(folder: Path, model: Any, calibration: Calibration) -> list[Te
             f'{calibration.file} cannot be read as text, or as lines of JSON with "text" '
             f"({error}); name another --calibration"
         ) from None
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
+    ids = torch.tensor(tokenize(str(folder), text))
     whole = len(ids) // length
     if not whole:
         raise IntScaleError(

@@ -140,19 +140,21 @@ def _write_all(
 ) -> Report:
     report = Report(written_bytes=writer.total_bytes)
     total_bytes = sum(_source_bytes(m) for m in plan.matrices)
-    finished: dict[str, int] = {}  # bytes of the source
+    finished = Progress(0, len(plan.matrices), 0, total_bytes)
 
     def finish(m: Matrix) -> None:
-        finished[m.name] = _source_bytes(m)
-        tensors, done_bytes = len(finished), sum(finished.values())
-        on_progress(Progress(tensors, len(plan.matrices), done_bytes, total_bytes))
+        nonlocal finished
+        tensors, done_bytes = finished.tensors + 1, finished.bytes + _source_bytes(m)
+        finished = finished._replace(tensors=tensors, bytes=done_bytes)
+        on_progress(finished)
 
     with _workers() as workers, OpenFiles() as files:
         work = _Work(files, workers, writer, plan.config.amplifier, search)
         outcomes = {name: Outcome.from_dict(entry) for name, entry in journal.done.items()}
+        calibrated: set[str] = set()
         if calibration:
             outcomes = work.calibrate(plan, calibration, finish)
-        calibrated = set(outcomes)
+            calibrated = set(outcomes)
         for m in plan.matrices:
             outcome = outcomes.get(m.name)
             if outcome is None:
@@ -168,7 +170,7 @@ def _write_all(
                 report.quantized_source_bytes += _source_bytes(m)
                 report.quantized_bytes += sum(spec.nbytes for spec in _specs(m))
             report.source_bytes += _source_bytes(m)
-            if m.name not in finished:
+            if m.name not in calibrated:
                 finish(m)
     return report
 
