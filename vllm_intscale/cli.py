@@ -118,7 +118,7 @@ def quantize(
     """Quantize a model: int4 weights, integer group scales, for int8 activations.
 
     Weights are rounded to nearest, without data or a GPU, or chosen by GPTQ, which runs a text
-    through the model and needs it in memory.
+    through the model and needs it in memory. It takes outliers out of activations first.
     """
     from vllm_intscale.inspection import inspect_model
     from vllm_intscale.quantize import Calibration, quantize_model
@@ -426,6 +426,8 @@ def _print_report(report: Report, seconds: float) -> None:
         f"Model       {_size(report.source_bytes)} to {_size(report.written_bytes)} in "
         f"{seconds:.0f} s"
     )
+    if report.smoothed:
+        print(f"Smoothed    the inputs of {report.smoothed} layers, by powers of two")
     if report.uncalibrated:
         names = ", ".join(report.uncalibrated[:2]) + (", ..." if report.uncalibrated[2:] else "")
         print(

@@ -1,30 +1,22 @@
 """Run a calibration text through the model, layer by layer, and quantize each for what it gets.
 
-The model runs in transformers. Whatever architecture it has, its linear layers and experts end in
-`torch.nn.functional.linear`; that call is watched, and a weight is recognized by its first row, not
-by its name, which differs between files and modules. So fused projections and stacks of experts
-need no table of names.
-
-A decoder layer is done in stages, in the order in which its weights are used: what is served as one
-(q, k and v; gate and up of all experts) is quantized together, on inputs that the quantized weights
-before it have made.
+The model runs in transformers. A decoder layer is smoothed (`sites`), then done in stages, in the
+order in which its weights are used: what is served as one (q, k and v; gate and up of all experts)
+is quantized together, on inputs that the quantized weights before it have made.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import Amplifier
@@ -32,13 +24,15 @@ from vllm_intscale.packing import unpack_codes
 from vllm_intscale.quantize.gptq import Factor, factorize, quantize_rows
 from vllm_intscale.quantize.rtn import QuantizedRows, heuristic_amplifier, smallest_scale
 from vllm_intscale.quantize.shards import OpenFiles
-from vllm_intscale.quantize.source import SERVED_AS, Matrix, Plan
+from vllm_intscale.quantize.sites import SiteFinder, Smoother
+from vllm_intscale.quantize.smooth import Scales
+from vllm_intscale.quantize.source import Matrix, Plan
+from vllm_intscale.quantize.watch import Watch, first_rows, stages
 from vllm_intscale.text import tokenize
 
 MIN_TOKENS = 128  # that a weight has to see; experts that see fewer are rounded to nearest
 MAX_LENGTH = 2048  # of a sample
 ROWS = 4096  # of a matrix that are quantized at once
-_STAGE = {**SERVED_AS, "w1": "gate_up_proj", "w3": "gate_up_proj"}
 
 
 class Calibration(NamedTuple):
@@ -49,108 +43,17 @@ class Calibration(NamedTuple):
     length: int | None = None  # tokens of a sample; None: as the model allows, at most MAX_LENGTH
 
 
-@dataclass
-class _Input:
-    """What a weight has been multiplied with."""
-
-    hessian: Tensor | None = None  # sum of x x^T, float32 [K, K]
-    tokens: int = 0
-
-
-@dataclass
-class _Watch(TorchFunctionMode):
-    """Collects the inputs of the weights in `wanted`, by matrix; `order`: as they are met."""
-
-    by_first_row: dict[bytes, list[Matrix]]
-    wanted: set[str] = field(default_factory=set)
-    order: dict[str, None] = field(default_factory=dict)
-    inputs: dict[str, _Input] = field(default_factory=lambda: defaultdict(_Input))
-    weights: dict[str, Tensor] = field(default_factory=dict)  # views of the model's
-
-    def __post_init__(self) -> None:
-        super().__init__()
-        self._parts: dict[tuple[int, torch.Size], list[Matrix]] = {}
-        self._last: tuple[Tensor, _Input] | None = None
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.linear:
-            x, weight = (*args, kwargs.get("input"), kwargs.get("weight"))[:2]
-            self._see(x.detach(), weight.detach())
-        return func(*args, **kwargs)
-
-    def _see(self, x: Tensor, weight: Tensor) -> None:
-        matrices = self._parts_of(weight)
-        if not matrices:
-            return
-        self.order.update(dict.fromkeys(m.name for m in matrices))
-        if not any(m.name in self.wanted for m in matrices):
-            return
-        if self._last is None or self._last[0] is not x and not _same(self._last[0], x):
-            seen = self.inputs[matrices[0].name]
-            rows = x.reshape(-1, x.shape[-1]).float()
-            if seen.hessian is None:
-                seen.hessian = rows.new_zeros(rows.shape[1], rows.shape[1])
-            seen.hessian.addmm_(rows.t(), rows)
-            seen.tokens += rows.shape[0]
-            self._last = x, seen
-        for m in matrices:  # those that always get the same input share its sum
-            self.inputs[m.name] = self._last[1]
-
-    def _parts_of(self, weight: Tensor) -> list[Matrix]:
-        """The matrices whose rows a weight consists of, none if there is another among them."""
-        key = weight.data_ptr(), weight.shape
-        if key not in self._parts:
-            parts: list[Matrix] = []
-            row = 0
-            while row < weight.shape[0]:
-                candidates = self.by_first_row.get(_fingerprint(weight[row]), [])
-                fitting = [m for m in candidates if m.name not in self.weights]
-                if not fitting or row + fitting[0].shape[0] > weight.shape[0]:
-                    parts = []
-                    break
-                parts.append(fitting[0])
-                row += fitting[0].shape[0]
-            row = 0
-            for m in parts:
-                self.weights[m.name] = weight[row : row + m.shape[0]]
-                row += m.shape[0]
-            self._parts[key] = parts
-        return self._parts[key]
-
-    def next_stage(self, names: set[str]) -> None:
-        """Collect the inputs of these from now on."""
-        self.wanted, self._last = names, None
-        self.inputs.clear()
-
-    def next_layer(self) -> None:
-        """Forget the last layer's weights, whose memory another one's may take."""
-        self.next_stage(set())
-        self.order.clear()
-        self.weights.clear()
-        self._parts.clear()
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-
-
-def _fingerprint(row: Tensor) -> bytes:
-    return row.float().cpu().numpy().tobytes()
-
-
 def calibrate(
     plan: Plan,
     files: OpenFiles,
     calibration: Calibration,
     amplifier: Amplifier,
     write: Callable[[Matrix, int, QuantizedRows], None],
-) -> None:
-    """Quantize by GPTQ every matrix of `plan` that the text reaches.
+) -> dict[str, Scales]:
+    """Smooth the model and quantize by GPTQ every matrix of `plan` that the text reaches.
 
-    write: takes some rows of a matrix, and the number of the first.
+    write: takes some rows of a matrix, and the number of the first. Returns what all other tensors
+    of the checkpoint are to be multiplied with, by name, where smoothing has changed them.
 
     Raises IntScaleError if the text is too short, or if transformers cannot run the model.
     """
@@ -161,18 +64,13 @@ def calibrate(
     layers = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=None)
     if layers is None:
         raise IntScaleError(f"{plan.folder}: the model has no list of layers to calibrate")
-    by_first_row: dict[bytes, list[Matrix]] = defaultdict(list)
-    for m in plan.matrices:
-        if m.scheme:
-            stored = files.slice(m.stored)
-            row = stored[m.first_row] if m.expert is None else stored[m.expert, m.first_row]
-            by_first_row[_fingerprint(row)].append(m)
-    watch = _Watch(by_first_row)
+    watch = Watch(first_rows(plan, files))
+    smoother = Smoother(plan, files, model)
+    scales: dict[str, Scales] = {}
 
-    def run(layer: torch.nn.Module, kwargs: dict[str, Any]) -> list[Tensor]:
-        """What a layer makes of `hidden`."""
+    def run(layer: torch.nn.Module, kwargs: dict[str, Any], inputs: list[Tensor]) -> list[Tensor]:
         outputs = []
-        for x in hidden:
+        for x in inputs:
             with _one_line_error(plan.folder, "run"), watch:
                 out = layer(x.to(device), **kwargs)
             outputs.append((out[0] if isinstance(out, tuple) else out).cpu())
@@ -185,19 +83,34 @@ def calibrate(
             layer.to(device, torch.float32)
             kwargs = _moved(kwargs, device)
             watch.next_layer()
-            run(layer, kwargs)  # finds which weights there are, in which order
-            for stage in _stages(watch.order):
+            watch.find_weights(layer)
+            with SiteFinder(layer) as finder:
+                watch.listener = finder.linear
+                before = run(layer, kwargs, hidden)[0]  # finds the order of the weights, too
+                watch.listener = None
+            check = partial(_computes, partial(run, layer, kwargs, hidden[:1]), before)
+            scales |= smoother.smooth(finder, layer, watch.weights, check)
+            for stage in stages(watch.order):
                 watch.next_stage(stage)
-                run(layer, kwargs)
+                run(layer, kwargs, hidden)
                 _quantize_stage(plan, watch, stage, amplifier, write)
             watch.next_stage(set())
-            hidden = run(layer, kwargs)
+            hidden = run(layer, kwargs, hidden)
             layer.to("meta")  # frees it
+    return scales
+
+
+def _computes(run: Callable[[], list[Tensor]], wanted: Tensor) -> bool:
+    """Whether a run gives the same bits; on a GPU, where experts' sums have no order, nearly."""
+    (found,) = run()
+    if not torch.cuda.is_available():
+        return torch.equal(found, wanted)
+    return bool((found - wanted).abs().max() <= 1e-5 * wanted.abs().max())
 
 
 def _quantize_stage(
     plan: Plan,
-    watch: _Watch,
+    watch: Watch,
     stage: set[str],
     amplifier: Amplifier,
     write: Callable[[Matrix, int, QuantizedRows], None],
@@ -224,16 +137,6 @@ def _quantize_stage(
             codes = unpack_codes(rows.qweight, m.scheme.bits)
             part.copy_(codes * step.repeat_interleave(m.scheme.group_size, dim=1))
             write(m, row, rows)
-
-
-def _stages(order: dict[str, None]) -> list[set[str]]:
-    """Names that are quantized together, in order."""
-    stages: dict[str, set[str]] = defaultdict(set)
-    for name in order:
-        layer = re.sub(r"\bexperts\.\d+\.", "experts.", name.removesuffix(".weight"))
-        parent, dot, last = layer.rpartition(".")
-        stages[parent + dot + _STAGE.get(last, last)].add(name)
-    return list(stages.values())
 
 
 # ---- the model and the text ---------------------------------------------------------------------

@@ -73,6 +73,7 @@ class Report:
     left: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # by reason
     conversions: dict[str, Conversion] = field(default_factory=dict)  # of layers quantized before
     uncalibrated: list[str] = field(default_factory=list)  # layers the calibration did not reach
+    smoothed: int = 0  # layers whose inputs have lost outliers to their weights
     lost_groups: int = 0
     bound: int = 0  # largest bound of an int32 accumulator
     bound_layer: str = ""

@@ -14,7 +14,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from vllm_intscale.quantize.rtn import (
     smallest_scale,
 )
 from vllm_intscale.quantize.shards import OpenFiles, ShardWriter, TensorSpec
+from vllm_intscale.quantize.smooth import Scales
 from vllm_intscale.quantize.source import OTHER_WEIGHTS, Matrix, Plan
 from vllm_intscale.verify import write_sums
 
@@ -153,8 +154,9 @@ def _write_all(
         outcomes = {name: Outcome.from_dict(entry) for name, entry in journal.done.items()}
         calibrated: set[str] = set()
         if calibration:
-            outcomes = work.calibrate(plan, calibration, finish)
+            outcomes, work.scales = work.calibrate(plan, calibration, finish)
             calibrated = set(outcomes)
+            report.smoothed = sum(scales.columns is not None for scales in work.scales.values())
         for m in plan.matrices:
             outcome = outcomes.get(m.name)
             if outcome is None:
@@ -185,20 +187,21 @@ def _workers() -> ThreadPoolExecutor:
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Work:
-    """What writing a tensor takes."""
+    """What writing a tensor takes. scales: of tensors that smoothing has changed."""
 
     files: OpenFiles
     workers: ThreadPoolExecutor
     writer: ShardWriter
     amplifier: Amplifier
     search: bool
+    scales: dict[str, Scales] = field(default_factory=dict)
 
     def write(self, m: Matrix) -> Outcome:
         """Copy, quantize or convert a matrix."""
         if m.scheme is None:
-            for row, block in _blocks(self.files, m):
+            for row, block in self._blocks(m):
                 self.writer.write(m.name, row, block)
             return Outcome()
         if m.packed:
@@ -207,8 +210,8 @@ class _Work:
 
     def calibrate(
         self, plan: Plan, calibration: Calibration, finish: Callable[[Matrix], None]
-    ) -> dict[str, Outcome]:
-        """Quantize by GPTQ what the calibration reaches; what became of it, by tensor."""
+    ) -> tuple[dict[str, Outcome], dict[str, Scales]]:
+        """Quantize by GPTQ what the calibration reaches: outcomes, and scales of the rest."""
         outcomes: dict[str, Outcome] = defaultdict(Outcome)
 
         def write(m: Matrix, row: int, rows: QuantizedRows) -> None:
@@ -217,14 +220,33 @@ class _Work:
             if row + rows.qweight.shape[0] == m.shape[0]:
                 finish(m)
 
-        calibrate(plan, self.files, calibration, self.amplifier, write)
-        return outcomes
+        scales = calibrate(plan, self.files, calibration, self.amplifier, write)
+        return outcomes, scales
+
+    def _blocks(self, m: Matrix) -> Iterator[tuple[int, Tensor]]:
+        """Blocks of whole rows of a matrix, with their first row's number; as stored unless scaled.
+
+        They are views of its mapped file if nothing has to be computed.
+        """
+        stored = self.files.slice(m.stored)
+        if not m.shape:
+            yield 0, stored[...]
+            return
+        scales = self.scales.get(m.name)
+        step = max(1, BLOCK_ELEMENTS // max(1, math.prod(m.shape[1:])))
+        for row in range(0, m.shape[0], step):
+            rows = slice(m.first_row + row, m.first_row + min(row + step, m.shape[0]))
+            block = stored[rows] if m.expert is None else stored[m.expert, rows]
+            if scales:
+                scaled = scales.apply(block, row)
+                block = scaled if m.scheme else scaled.to(block.dtype)
+            yield row, block
 
     def _quantize(self, m: Matrix, scheme: LayerScheme) -> Outcome:
         where, amplifier = f"{m.stored.file}: {m.name}", self.amplifier
         if amplifier == "heuristic":
             scales = self.workers.map(
-                lambda block: smallest_scale(where, block[1], scheme), _blocks(self.files, m)
+                lambda block: smallest_scale(where, block[1], scheme), self._blocks(m)
             )
             amplifier = heuristic_amplifier(min(scales))
 
@@ -235,7 +257,7 @@ class _Work:
             return rows.lost_groups, rows.bound
 
         outcome = Outcome()
-        for counts in self.workers.map(quantize_block, _blocks(self.files, m)):
+        for counts in self.workers.map(quantize_block, self._blocks(m)):
             outcome.add_rows(*counts)
         return outcome
 
@@ -272,18 +294,6 @@ class _Work:
         """Where they belong. In the worker: results that wait would fill the memory."""
         for name in TENSOR_NAMES:
             self.writer.write(f"{m.layer}.{name}", row, getattr(rows, name).cpu())
-
-
-def _blocks(files: OpenFiles, m: Matrix) -> Iterator[tuple[int, Tensor]]:
-    """Blocks of whole rows of a matrix, views of its mapped file, with their first row's number."""
-    stored = files.slice(m.stored)
-    if not m.shape:
-        yield 0, stored[...]
-        return
-    step = max(1, BLOCK_ELEMENTS // max(1, math.prod(m.shape[1:])))
-    for row in range(0, m.shape[0], step):
-        rows = slice(m.first_row + row, m.first_row + min(row + step, m.shape[0]))
-        yield row, stored[rows] if m.expert is None else stored[m.expert, rows]
 
 
 def _specs(m: Matrix) -> list[TensorSpec]:
