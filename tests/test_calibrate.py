@@ -195,7 +195,6 @@ def test_a_model_without_tokenizer_leaves_nothing(text: Path, tmp_path: Path) ->
         (["--calibration-samples", "9"], "need --method gptq"),
         (["--calibration-length", "9"], "need --method gptq"),
         (["--method", "gptq", "--calibration", "t.txt", "--scale-search"], "leave out"),
-        (["--method", "gptq", "--calibration", "t.txt", "--resume"], "--resume needs --method rtn"),
     ],
 )
 def test_options_that_do_not_go_together(options: list[str], wanted: str, tmp_path: Path) -> None:

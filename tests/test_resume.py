@@ -9,24 +9,36 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hard_models
 import pytest
 import sources
+import torch
+from conftest import random_model
 from test_convert import PACKED
 
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import CheckpointConfig
-from vllm_intscale.quantize import convert_model, journal, quantize_model, stream
+from vllm_intscale.quantize import (
+    Calibration,
+    calibrate,
+    convert_model,
+    journal,
+    quantize_model,
+    stream,
+)
 from vllm_intscale.verify import SUMS
 
 KILL = """
 import os, signal, sys
-from vllm_intscale.quantize import convert_model, journal, quantize_model
+from pathlib import Path
+from vllm_intscale.quantize import Calibration, convert_model, journal, quantize_model
 journal.SYNC_BYTES = int(sys.argv[4])
 def progress(p):
-    if p.tensors == 5:
+    if p.tensors == int(sys.argv[5]):
         os.kill(os.getpid(), signal.SIGKILL)
 make = {"quantize": quantize_model, "convert": convert_model}[sys.argv[1]]
-make(*sys.argv[2:4], on_progress=progress)
+text = {"calibration": Calibration(Path(sys.argv[6]), 2, 160)} if sys.argv[6:] else {}
+make(*sys.argv[2:4], on_progress=progress, **text)
 """
 
 
@@ -36,10 +48,12 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def kill(command: str, source: Path, out: Path, sync_bytes: int = 0) -> Path:
-    """Start a run that is killed after five tensors; the folder it leaves."""
-    arguments = [sys.executable, "-c", KILL, command, source, out, str(sync_bytes)]
-    assert subprocess.run(arguments).returncode == -signal.SIGKILL
+def kill(
+    command: str, source: Path, out: Path, sync_bytes: int = 0, tensors: int = 5, *text: Path
+) -> Path:
+    """Start a run that is killed after so many tensors; the folder it leaves."""
+    arguments = [command, source, out, str(sync_bytes), str(tensors), *text]
+    assert subprocess.run([sys.executable, "-c", KILL, *arguments]).returncode == -signal.SIGKILL
     return out.with_name(out.name + ".partial")
 
 
@@ -65,6 +79,46 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(
     assert report == whole
     assert (tmp_path / "out" / SUMS).read_text() == (tmp_path / "whole" / SUMS).read_text()
     assert not partial.exists() and not (tmp_path / "out" / journal.JOURNAL).exists()
+
+
+@pytest.mark.parametrize("tensors", [1, 9, 40])
+def test_a_killed_calibration_goes_on_and_writes_the_same_bytes(
+    tensors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first stage of a layer; later; where only experts are left that no token reaches."""
+    easy, source = random_model("mixtral", tmp_path / "easy", torch.float32), tmp_path / "source"
+    hard_models.make_hard("norm", easy, source)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"t{3 + i * i % 117}" for i in range(320)))
+    calibration = Calibration(text, 2, 160)
+    whole = quantize_model(str(source), tmp_path / "whole", calibration=calibration)
+    assert whole.smoothed and whole.uncalibrated
+    partial = kill("quantize", source, tmp_path / "out", 0, tensors, text)
+    assert len((partial / journal.JOURNAL).read_text().splitlines()) == 1 + tensors
+    factored = []
+    factorize = calibrate.factorize
+    monkeypatch.setattr(
+        calibrate, "factorize", lambda hessian: (factored.append(1), factorize(hessian))[1]
+    )
+    seen = []
+    report = quantize_model(
+        str(source), tmp_path / "out", None, None, seen.append, False, True, calibration
+    )
+    assert report == whole
+    assert [p.tensors for p in seen] == list(range(1, seen[-1].total_tensors + 1))
+    assert bool(factored) is (tensors < 40)
+    assert (tmp_path / "out" / SUMS).read_text() == (tmp_path / "whole" / SUMS).read_text()
+
+
+def test_another_text_is_refused(tmp_path: Path) -> None:
+    source, text = random_model("llama", tmp_path / "source", torch.float32), tmp_path / "text.txt"
+    text.write_text(" ".join(f"t{3 + i * i % 117}" for i in range(320)))
+    kill("quantize", source, tmp_path / "out", 0, 1, text)
+    text.write_text(text.read_text() + " t4")
+    with pytest.raises(IntScaleError, match="of another request"):
+        quantize_model(
+            str(source), tmp_path / "out", resume=True, calibration=Calibration(text, 2, 160)
+        )
 
 
 def test_command_line(source: Path, tmp_path: Path) -> None:

@@ -41,8 +41,6 @@ def quantize_model(
 
     Raises IntScaleError, and leaves nothing behind, if anything is not as it must be.
     """
-    if calibration and resume:
-        raise IntScaleError("--resume needs --method rtn; a calibrated run starts again")
     check_output(Path(out), resume=resume)  # before a download that may take hours
     folder = resolve(source, revision)
     method = "round to nearest" + (", scales searched" if search else "")

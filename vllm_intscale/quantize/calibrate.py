@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vllm_intscale.errors import IntScaleError
-from vllm_intscale.format import Amplifier
+from vllm_intscale.format import Amplifier, LayerScheme
 from vllm_intscale.packing import unpack_codes
 from vllm_intscale.quantize.gptq import Factor, factorize, quantize_rows
 from vllm_intscale.quantize.rtn import QuantizedRows, heuristic_amplifier, smallest_scale
@@ -42,6 +42,20 @@ class Calibration(NamedTuple):
     samples: int = 128
     length: int | None = None  # tokens of a sample; None: as the model allows, at most MAX_LENGTH
 
+    def content(self) -> str:
+        """The text. Raises IntScaleError if it cannot be read."""
+        try:
+            text = self.file.read_text(encoding="utf-8")
+            if self.file.suffix == ".jsonl":
+                lines = filter(str.strip, text.splitlines())
+                text = "\n".join(json.loads(line)["text"] for line in lines)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise IntScaleError(
+                f'{self.file} cannot be read as text, or as lines of JSON with "text" ({error}); '
+                "name another --calibration"
+            ) from None
+        return text
+
 
 def calibrate(
     plan: Plan,
@@ -49,11 +63,13 @@ def calibrate(
     calibration: Calibration,
     amplifier: Amplifier,
     write: Callable[[Matrix, int, QuantizedRows], None],
+    written: Callable[[Matrix], list[Tensor] | None] = lambda _: None,
 ) -> dict[str, Scales]:
     """Smooth the model and quantize by GPTQ every matrix of `plan` that the text reaches.
 
-    write: takes some rows of a matrix, and the number of the first. Returns what all other tensors
-    of the checkpoint are to be multiplied with, by name, where smoothing has changed them.
+    write: takes some rows of a matrix, and the number of the first. written: the three tensors of
+    a matrix that a run which was killed has quantized; it is not done again. Returns what all other
+    tensors of the checkpoint are to be multiplied with, by name, where smoothing has changed them.
 
     Raises IntScaleError if the text is too short, or if transformers cannot run the model.
     """
@@ -66,6 +82,7 @@ def calibrate(
         raise IntScaleError(f"{plan.folder}: the model has no list of layers to calibrate")
     watch = Watch(first_rows(plan, files))
     smoother = Smoother(plan, files, model)
+    matrices = {m.name: m for m in plan.matrices}
     scales: dict[str, Scales] = {}
 
     def run(layer: torch.nn.Module, kwargs: dict[str, Any], inputs: list[Tensor]) -> list[Tensor]:
@@ -91,9 +108,15 @@ def calibrate(
             check = partial(_computes, partial(run, layer, kwargs, hidden[:1]), before)
             scales |= smoother.smooth(finder, layer, watch.weights, check)
             for stage in stages(watch.order):
-                watch.next_stage(stage)
-                run(layer, kwargs, hidden)
-                _quantize_stage(plan, watch, stage, amplifier, write)
+                rest = set(stage)
+                for name in stage:
+                    if tensors := written(m := matrices[name]):
+                        watch.weights[name].copy_(_dequantized(tensors, m.scheme))
+                        rest.remove(name)
+                if rest:
+                    watch.next_stage(rest)
+                    run(layer, kwargs, hidden)
+                    _quantize_stage(plan, watch, rest, amplifier, write)
             watch.next_stage(set())
             hidden = run(layer, kwargs, hidden)
             layer.to("meta")  # frees it
@@ -133,10 +156,16 @@ def _quantize_stage(
         for row in range(0, m.shape[0], ROWS):
             part = weight[row : row + ROWS]
             rows = quantize_rows(where, part, m.scheme, number, factors[id(seen)])
-            step = rows.group_scale.float() * rows.channel_scale[:, None]
-            codes = unpack_codes(rows.qweight, m.scheme.bits)
-            part.copy_(codes * step.repeat_interleave(m.scheme.group_size, dim=1))
+            part.copy_(_dequantized(rows[:3], m.scheme))
             write(m, row, rows)
+
+
+def _dequantized(tensors: Sequence[Tensor], scheme: LayerScheme | None) -> Tensor:
+    """float32 `[n, K]` of the three tensors of rows of a layer."""
+    assert scheme
+    qweight, group_scale, channel_scale = tensors
+    step = group_scale.float() * channel_scale[:, None]
+    return unpack_codes(qweight, scheme.bits) * step.repeat_interleave(scheme.group_size, dim=1)
 
 
 # ---- the model and the text ---------------------------------------------------------------------
@@ -176,16 +205,7 @@ def _read_samples(folder: Path, model: Any, calibration: Calibration) -> list[Te
     """Token ids `[1, length]` each, spread evenly over the text."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", MAX_LENGTH)
     length = calibration.length or min(MAX_LENGTH, limit)
-    try:
-        text = calibration.file.read_text(encoding="utf-8")
-        if calibration.file.suffix == ".jsonl":
-            text = "\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntScaleError(
-            f'{calibration.file} cannot be read as text, or as lines of JSON with "text" '
-            f"({error}); name another --calibration"
-        ) from None
-    ids = torch.tensor(tokenize(str(folder), text))
+    ids = torch.tensor(tokenize(str(folder), calibration.content()))
     whole = len(ids) // length
     if not whole:
         raise IntScaleError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_intscale import __version__
 from vllm_intscale.errors import IntScaleError
+from vllm_intscale.quantize.calibrate import Calibration
 from vllm_intscale.quantize.source import Plan
 
 JOURNAL = "journal.jsonl"
@@ -75,14 +76,22 @@ class Journal:
         self._file.close()
 
 
-def fingerprint(plan: Plan, search: bool) -> str:
-    """Of all that decides about the bytes written; files count by name, size and time."""
+def fingerprint(plan: Plan, search: bool, calibration: Calibration | None = None) -> str:
+    """Of all that decides about the bytes written; the model counts by its files' sizes and times.
+
+    Raises IntScaleError if the text of the calibration cannot be read.
+    """
+    text = None
+    if calibration:
+        content_hash = hashlib.sha256(calibration.content().encode()).hexdigest()
+        text = [content_hash, calibration.samples, calibration.length]
     files = {m.stored.file for m in plan.matrices}
     files |= {part.file for m in plan.matrices if m.packed for part in m.packed.parts.values()}
     content = {
         "version": __version__,
         "config": plan.config.to_dict(),
         "search": search,
+        "calibration": text,
         "matrices": [(m.name, m.shape, str(m.scheme)) for m in plan.matrices],
         "files": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files)],
     }

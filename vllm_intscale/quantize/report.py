@@ -41,6 +41,7 @@ class Outcome:
     lost_groups: int = 0  # groups of nonzero weights whose integer scale is 0
     bound: int = 0  # largest bound of an int32 accumulator
     conversion: Conversion | None = None
+    calibrated: bool = False
 
     def add_rows(self, lost_groups: int, bound: int) -> None:
         """Count what happened to some of its rows."""
@@ -56,7 +57,10 @@ class Outcome:
         """What `to_dict` gave, among other keys."""
         conversion = entry["conversion"]
         return cls(
-            entry["lost_groups"], entry["bound"], Conversion(**conversion) if conversion else None
+            entry["lost_groups"],
+            entry["bound"],
+            Conversion(**conversion) if conversion else None,
+            entry["calibrated"],
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vllm_intscale.checkpoint import INDEX, SINGLE_FILE, StoredTensor, bits_of
+from vllm_intscale.checkpoint import DTYPES, INDEX, SINGLE_FILE, StoredTensor, bits_of
 
 SHARD_BYTES = 5_000_000_000
 
@@ -60,6 +60,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, specs: list[TensorSpec]) -> None:
         self.total_bytes = sum(spec.nbytes for spec in specs)
+        self._specs = {spec.name: spec for spec in specs}
         self._places: dict[str, tuple[int, int, int]] = {}  # file, offset, bytes of a row
         self._files = ExitStack()
         self._descriptors: list[int] = []
@@ -100,7 +101,7 @@ class ShardWriter:
         text += b" " * (-len(text) % 8)
         text = len(text).to_bytes(8, "little") + text
         self.created |= not path.exists()
-        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self._descriptors.append(file)
         self._files.callback(os.close, file)
         os.pwrite(file, text, 0)
@@ -117,6 +118,12 @@ class ShardWriter:
         while data:
             written = os.pwrite(file, data, offset)
             data, offset = data[written:], offset + written
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor that was written."""
+        spec, (file, offset, _) = self._specs[name], self._places[name]
+        data = bytearray(os.pread(file, spec.nbytes, offset))
+        return torch.frombuffer(data, dtype=DTYPES[spec.dtype]).view(spec.shape)
 
     def sync(self) -> None:
         """Return when all that was written is on the disk."""

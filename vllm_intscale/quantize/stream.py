@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -78,7 +78,7 @@ def write_checkpoint(
             "choose another disk"
         )
     partial.mkdir(exist_ok=resume)
-    with Journal(partial, fingerprint(plan, search)) as journal:
+    with Journal(partial, fingerprint(plan, search, calibration)) as journal:
         try:
             with ShardWriter(partial, specs) as writer:
                 if journal.done and writer.created:
@@ -143,8 +143,11 @@ def _write_all(
     total_bytes = sum(_source_bytes(m) for m in plan.matrices)
     finished = Progress(0, len(plan.matrices), 0, total_bytes)
 
-    def finish(m: Matrix) -> None:
+    def finish(m: Matrix, outcome: Outcome | None = None) -> None:
+        """Count a tensor, and note what became of it if it was written now."""
         nonlocal finished
+        if outcome:
+            journal.add(m.name, _source_bytes(m), writer.sync, **outcome.to_dict())
         tensors, done_bytes = finished.tensors + 1, finished.bytes + _source_bytes(m)
         finished = finished._replace(tensors=tensors, bytes=done_bytes)
         on_progress(finished)
@@ -152,28 +155,27 @@ def _write_all(
     with _workers() as workers, OpenFiles() as files:
         work = _Work(files, workers, writer, plan.config.amplifier, search)
         outcomes = {name: Outcome.from_dict(entry) for name, entry in journal.done.items()}
-        calibrated: set[str] = set()
+        now: dict[str, Outcome] = {}
         if calibration:
-            outcomes, work.scales = work.calibrate(plan, calibration, finish)
-            calibrated = set(outcomes)
+            now, work.scales = work.calibrate(plan, calibration, outcomes, finish)
             report.smoothed = sum(scales.columns is not None for scales in work.scales.values())
         for m in plan.matrices:
-            outcome = outcomes.get(m.name)
+            outcome = now.get(m.name)
+            if outcome is None and (outcome := outcomes.get(m.name)):
+                finish(m)
             if outcome is None:
                 outcome = work.write(m)
-                journal.add(m.name, _source_bytes(m), writer.sync, **outcome.to_dict())
+                finish(m, outcome)
             if m.scheme is None:
                 report.left[m.left].append(m.layer)
             else:
                 report.add_quantized(m.layer, outcome)
-                if calibration and m.name not in calibrated:
+                if calibration and not outcome.calibrated:
                     report.uncalibrated.append(m.layer)
                 report.weights += math.prod(m.shape)
                 report.quantized_source_bytes += _source_bytes(m)
                 report.quantized_bytes += sum(spec.nbytes for spec in _specs(m))
             report.source_bytes += _source_bytes(m)
-            if m.name not in calibrated:
-                finish(m)
     return report
 
 
@@ -209,18 +211,31 @@ class _Work:
         return self._quantize(m, m.scheme)
 
     def calibrate(
-        self, plan: Plan, calibration: Calibration, finish: Callable[[Matrix], None]
+        self,
+        plan: Plan,
+        calibration: Calibration,
+        before: Mapping[str, Outcome],
+        finish: Callable[[Matrix, Outcome], None],
     ) -> tuple[dict[str, Outcome], dict[str, Scales]]:
-        """Quantize by GPTQ what the calibration reaches: outcomes, and scales of the rest."""
-        outcomes: dict[str, Outcome] = defaultdict(Outcome)
+        """Quantize by GPTQ what the calibration reaches: outcomes, and scales of the rest.
+
+        before: outcomes of a run that was killed.
+        """
+        outcomes: dict[str, Outcome] = defaultdict(lambda: Outcome(calibrated=True))
 
         def write(m: Matrix, row: int, rows: QuantizedRows) -> None:
             self.write_rows(m, row, rows)
             outcomes[m.name].add_rows(rows.lost_groups, rows.bound)
             if row + rows.qweight.shape[0] == m.shape[0]:
-                finish(m)
+                finish(m, outcomes[m.name])
 
-        scales = calibrate(plan, self.files, calibration, self.amplifier, write)
+        def written(m: Matrix) -> list[Tensor] | None:
+            outcome = before.get(m.name)
+            if outcome is None or not outcome.calibrated:
+                return None
+            return [self.writer.read(f"{m.layer}.{name}") for name in TENSOR_NAMES]
+
+        scales = calibrate(plan, self.files, calibration, self.amplifier, write, written)
         return outcomes, scales
 
     def _blocks(self, m: Matrix) -> Iterator[tuple[int, Tensor]]:
