@@ -160,35 +160,46 @@ class Smoother:
         weights: the layer's, by their names in the checkpoint. unchanged: whether the layer still
         computes the same. Returns what the checkpoint's tensors are to be multiplied with, by name.
         """
-        scales: dict[str, Scales] = {}
 
         def name_of(parameter: str, value: Tensor) -> str | None:
             return self._stored_as(f"{self._names[id(layer)]}.{parameter}", value)
 
+        chosen: list[tuple[Site, Tensor]] = []
         for site in finder.sites(weights, self._stages, name_of):
             schemes = [self._matrices[name].scheme for name in site.weights]
             s = choose_scale(site.activations, list(site.weights.values()), schemes)
-            if s is None:
-                continue
-            site.scale(s)
-            if not (self._exact(site.sources) and self._exact(site.weights) and unchanged()):
+            if s is not None and self._scale(site, s):
+                chosen.append((site, s))
+        if chosen and not unchanged():  # one by one, then
+            for site, s in chosen:
                 site.scale(1 / s)
-                continue
-            s = s.cpu()
+            chosen = [(site, s) for site, s in chosen if self._scale(site, s, unchanged)]
+        scales: dict[str, Scales] = {}
+        for site, s in chosen:
             for name in site.sources:
-                scales[name] = scales.get(name, Scales()).times(Scales(rows=1 / s))
+                scales[name] = scales.get(name, Scales()).times(Scales(rows=1 / s.cpu()))
             for name in site.weights:
-                scales[name] = scales.get(name, Scales()).times(Scales(columns=s))
+                scales[name] = scales.get(name, Scales()).times(Scales(columns=s.cpu()))
         return scales
+
+    def _scale(self, site: Site, s: Tensor, unchanged: Callable[[], bool] = lambda: True) -> bool:
+        """Scale a site, if all that stays unquantized fits its dtype and nothing changes."""
+        site.scale(s)
+        if self._exact(site.sources) and self._exact(site.weights) and unchanged():
+            return True
+        site.scale(1 / s)
+        return False
 
     def _stored_as(self, name: str, value: Tensor) -> str | None:
         """The checkpoint's name of a parameter: the same, or the same from the layer's number."""
-        end = "." + re.sub(r"^.*?(?=\b\d+\.)", "", name)
-        found = [n for n in self._matrices if n == name or n.endswith(end)]
-        if len(found) != 1:
-            return None
-        stored = self._files.slice(self._matrices[found[0]].stored)[:]
-        return found[0] if torch.equal(stored.to(value), value) else None
+        if name not in self._matrices:
+            end = "." + re.sub(r"^.*?(?=\b\d+\.)", "", name)
+            found = [n for n in self._matrices if n.endswith(end)]
+            if len(found) != 1:
+                return None
+            name = found[0]
+        stored = self._files.slice(self._matrices[name].stored)[:]
+        return name if torch.equal(stored.to(value), value) else None
 
     def _exact(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether those that stay unquantized fit the checkpoint's dtype."""
