@@ -77,8 +77,9 @@ def write_checkpoint(
             f"{out} needs {needed / 2**30:.1f} GiB, but its disk has {free / 2**30:.1f} GiB free; "
             "choose another disk"
         )
+    request = fingerprint(plan, search, calibration)
     partial.mkdir(exist_ok=resume)
-    with Journal(partial, fingerprint(plan, search, calibration)) as journal:
+    with Journal(partial, request) as journal:
         try:
             with ShardWriter(partial, specs) as writer:
                 if journal.done and writer.created:
