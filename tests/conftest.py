@@ -156,6 +156,15 @@ def random_model(kind: str, folder: Path, dtype: torch.dtype) -> Path:
 
 
 @pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokens of the random models, whose words are t3, t4, ..."""
+    ids = torch.randint(3, 120, (2048,), generator=torch.Generator().manual_seed(0))
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(" ".join(f"t{i}" for i in ids.tolist()))
+    return file
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`checkpoint(kind, dtype="float32", **config)`: the folder of a quantized random model."""
     root = tmp_path_factory.mktemp("models")

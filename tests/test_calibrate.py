@@ -86,15 +86,6 @@ def test_inputs_that_are_not_finite_are_refused() -> None:
 # ---- through a model ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokens of the random models, whose words are t3, t4, ..."""
-    ids = torch.randint(3, 120, (2048,), generator=torch.Generator().manual_seed(0))
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(" ".join(f"t{i}" for i in ids.tolist()))
-    return file
-
-
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen2_moe", "deepseek_v2"])
 def test_every_layer_of_an_architecture_is_reached(kind: str, text: Path, tmp_path: Path) -> None:
     """And the model's output is nearer to the original's than by rounding to nearest."""

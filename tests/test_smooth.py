@@ -74,15 +74,6 @@ def test_scales_apply_to_rows_from_any_on() -> None:
 # ---- in a model ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokens of the random models, whose words are t3, t4, ..."""
-    ids = torch.randint(3, 120, (2048,), generator=torch.Generator().manual_seed(0))
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(" ".join(f"t{i}" for i in ids.tolist()))
-    return file
-
-
 def logits(model: nn.Module, text: Path) -> Tensor:
     prompt = [int(t[1:]) for t in text.read_text().split()[:256]]
     with torch.no_grad():
