@@ -145,6 +145,51 @@ __device__ __forceinline__ void multiply_stage(Accumulator (&acc)[kAccumulators]
 }
 
 // acc <- the products of `stages` blocks of 128 k of one tile.
+#if FEW_REGISTERS
+// A thread has 32 registers beside its accumulators, and one set of operands: a warpgroup unpacks
+// when its multiplications are done. The tensor cores have those of two others meanwhile.
+__device__ __forceinline__ void multiply(Accumulator (&acc)[kAccumulators], const Shared& s,
+                                         Ring& ring, int stages, int warpgroup, int thread) {
+  // Two wgmma of 128 tokens: ptxas takes none of 256 in a kernel launched with 128 registers.
+  using Half = int (&)[kAccumulators / 2];
+  constexpr int kHalfOfTokens = kTokenBytes / 2 / 16;  // in a descriptor
+  const Addresses from = addresses(s, warpgroup, thread);
+#pragma unroll
+  for (int i = 0; i < kAccumulators; ++i) acc[i] = 0;
+  uint32_t previous = 0;  // barrier of the stage that is still being read
+  barrier_wait(from.barriers + ring.barriers() + kReady, ring.parity);
+  for (int i = 0; i < stages; ++i) {
+    const Ring now = ring;
+    const uint32_t words = from.words + now.offset, tables = from.tables + now.offset;
+    uint4 low = load_shared(tables), high = load_shared(tables + 8 * 16);
+    // ptxas serializes wgmma whose operands, of all in a loop's body, have no registers. Two have.
+#pragma unroll 2
+    for (int step = 0; step < kSteps; ++step) {
+      const uint2 nibbles = load_shared_pair(words + step / 2 * 2048 + step % 2 * 8);
+      if (step > 0 && step * 32 % GROUP == 0) {
+        const uint32_t group = tables + step * 32 / GROUP * 64 * 16;
+        low = load_shared(group), high = load_shared(group + 8 * 16);
+      }
+      wgmma_wait<0>();
+      if (step == 0 && i > 0 && elect_one()) barrier_arrive(previous);
+      uint32_t a[4];
+      look_up(a[0], a[2], nibbles.x, low, from.ones);
+      look_up(a[1], a[3], nibbles.y, high, from.ones);
+      wgmma_fence();
+      const uint32_t tokens = from.descriptor + now.offset / 16 + 2 * step;
+      wgmma_s8<TILE_M / 2>(reinterpret_cast<Half>(acc[0]), a, wgmma_descriptor(tokens), false);
+      wgmma_s8<TILE_M / 2>(reinterpret_cast<Half>(acc[kAccumulators / 2]), a,
+                           wgmma_descriptor(tokens + kHalfOfTokens), false);
+      wgmma_commit();
+    }
+    previous = from.barriers + now.barriers() + kEmpty;
+    ring.advance();
+    if (i + 1 < stages) barrier_wait(from.barriers + ring.barriers() + kReady, ring.parity);
+  }
+  wgmma_wait<0>();
+  if (elect_one()) barrier_arrive(previous);
+}
+#else
 __device__ __forceinline__ void multiply(Accumulator (&acc)[kAccumulators], const Shared& s,
                                          Ring& ring, int stages, int warpgroup, int thread) {
   const Addresses from = addresses(s, warpgroup, thread);
@@ -167,3 +212,4 @@ __device__ __forceinline__ void multiply(Accumulator (&acc)[kAccumulators], cons
   // words, what is loaded is needed before; for scales, the address depends on them.
   release(previous);
 }
+#endif

@@ -5,7 +5,9 @@
 struct ChannelScales {  // of a thread's two channels
   float scale[2], bias[2];
 };
-__device__ __forceinline__ ChannelScales load_channel_scales(const Problem& p, int channel) {
+__device__ __forceinline__ ChannelScales load_channel_scales(const Problem& p, const Tile& t,
+                                                             int warpgroup, int thread) {
+  const int channel = t.n0 + channel_block(warpgroup) * 64 + channel_of(thread);
   ChannelScales c;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {

@@ -41,6 +41,8 @@
 #include "fold.cuh"
 #include "hopper.cuh"
 
+// Three warpgroups of 128 accumulators a thread: 160 registers, one set of operands.
+#define FEW_REGISTERS (TILE_M == 256 && WARPGROUPS == 3)
 constexpr int kThreads = 128 * (WARPGROUPS + 1);  // the last warpgroup loads and builds tables
 constexpr int kMultipliers = 128 * WARPGROUPS;
 constexpr int kChannelBlocks = WARPGROUPS / SLICES;  // of 64 channels, of a tile
@@ -74,7 +76,7 @@ constexpr int kPartialBlocks = kFitting >= kTokenBlocks ? kTokenBlocks
 constexpr bool kPartialsInRing = TILE_M >= 128;
 // Registers of a thread: at launch, of the last warpgroup, of the others (256 is the limit of all).
 constexpr int kRegisters = 65536 / (kThreads * MIN_BLOCKS) / 8 * 8;
-constexpr int kLoadRegisters = 40;
+constexpr int kLoadRegisters = FEW_REGISTERS ? 32 : 40;
 constexpr int kAvailable = (kRegisters * (WARPGROUPS + 1) - kLoadRegisters) / WARPGROUPS / 8 * 8;
 constexpr int kMultiplyRegisters = kAvailable < 232 ? kAvailable : 232;
 
@@ -201,8 +203,8 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
   Piece piece;
   for (int number = 0; receive(s, number, piece); ++number) {
     // What the output needs is under way while the tile is multiplied.
-    const int channel = piece.tile.n0 + channel_block(warpgroup) * 64 + channel_of(thread);
-    const ChannelScales c = load_channel_scales(p, channel);
+    ChannelScales c;
+    if (!FEW_REGISTERS) c = load_channel_scales(p, piece.tile, warpgroup, thread);
     wait_copies<0>();                   // of a piece that did not need them
     named_barrier(1 + warpgroup, 128);  // the token scales of the tile before have been read
     for (int token = thread; token < TILE_M; token += 128) {
@@ -216,6 +218,7 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
     multiply(acc, s, ring, stages, warpgroup, thread);
     piece = read_piece(s, number);  // again, to leave its registers to the multiplication
     received(s, number, piece);
+    if (FEW_REGISTERS) c = load_channel_scales(p, piece.tile, warpgroup, thread);
     if (piece.followers == kLeft) {
       leave_partial(p, acc, warpgroup, thread);
       continue;
@@ -225,7 +228,7 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
     named_barrier(1 + warpgroup, 128);  // the token scales of this tile are there
     if (SLICES > 1) {
       add_slices_and_write(p, s, piece.tile, acc, c, slice, thread);
-    } else if (split_size() > 1) {
+    } else if (!FEW_REGISTERS && split_size() > 1) {
       reduce_and_write(p, s, piece.tile, acc, c, split_rank(), split_size());
     } else {
       Writer(p, s, piece.tile, c).write<0, kUnits>(acc);

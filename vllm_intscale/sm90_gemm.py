@@ -54,6 +54,11 @@ class Tile(NamedTuple):
     def threads(self) -> int:
         return 128 * (self.warpgroups + 1)
 
+    @property
+    def few_registers(self) -> bool:
+        """FEW_REGISTERS of the kernel; streaming such tiles never won."""
+        return self.m * self.warpgroups == 768
+
     def _bytes(self, group_size: int, form: str) -> tuple[int, int]:
         """Bytes of a stage without its barriers, and of what is there once."""
         groups = BLOCK_K // group_size
@@ -74,7 +79,7 @@ class Tile(NamedTuple):
 
     def splits(self, k: int, group_size: int, form: str) -> list[int]:
         """Into how many blocks the K of a tile can be split; or STREAMED."""
-        if self.slices > 1:
+        if self.slices > 1 or self.few_registers:
             return [1]
         if self.share > 1:
             return [STREAMED, 1]
@@ -117,7 +122,6 @@ TILES = (
     Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=0.44),
     Tile(m=16, warpgroups=1, stages=6, blocks=4, batch=2, block_us=0.47),
     Tile(m=32, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.47),
-    Tile(m=32, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.62),
     Tile(m=64, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.42),
     Tile(m=64, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.54),
     Tile(m=128, warpgroups=2, stages=8, blocks=1, batch=2, block_us=0.22, slices=2),
@@ -126,12 +130,13 @@ TILES = (
     Tile(m=256, warpgroups=1, stages=5, blocks=1, batch=2, block_us=0.36),
     Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.63),
     Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.55, share=2),
+    Tile(m=256, warpgroups=3, stages=4, blocks=1, batch=1, block_us=0.85),
 )
 
 
 def tiles(form: str) -> tuple[Tile, ...]:
     """Those that a form can use: accumulating needs a second set of accumulators."""
-    large = {(64, 2), (128, 3), (256, 1), (256, 2)}
+    large = {(64, 2), (128, 3), (256, 1), (256, 2), (256, 3)}
     if form == "fold":
         return TILES
     return tuple(t for t in TILES if (t.m, t.warpgroups) not in large and t.slices == 1)
