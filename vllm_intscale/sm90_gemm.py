@@ -188,10 +188,12 @@ def choose(
     options = [
         (tile, splits)
         for tile in tiles(form)
-        if tile.m < 2 * max(m, 8)
+        if tile.m <= 2 * max(m, 8)
         for splits in tile.splits(k, group_size, form)
     ]
-    return min(options, key=lambda option: cost(*option))
+    # A tile larger than the tokens need has fewer bytes of weights on their way.
+    larger = 2 * max(m, 8)
+    return min(options, key=lambda option: cost(*option) * (1.14 if option[0].m >= larger else 1))
 
 
 # ---- weight layout ------------------------------------------------------------------------------

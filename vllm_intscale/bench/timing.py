@@ -21,7 +21,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]  # not in it
 ROTATION_BYTES = 200_000_000  # four times the L2 of an H100
 ROUNDS = 5
 REPLAYS = 3  # of a graph in a round, at least
-SETTLE_SECONDS = 0.15  # of large calls in a round; the first half is not counted
+SETTLE_SECONDS = 0.3  # of large calls in a round; the first half is not counted
 GRAPH_SECONDS = 1e-3  # aimed at: events resolve half a microsecond
 MAX_CALLS = 128  # of a kernel in a graph; capturing costs host time
 
