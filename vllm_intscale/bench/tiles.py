@@ -29,7 +29,7 @@ def variants(m: int, n: int, k: int, form: str) -> list[tuple[int, int]]:
         (number, splits)
         for number, tile in enumerate(sm90_gemm.TILES)
         if tile in sm90_gemm.tiles(form)
-        and tile.m < 2 * max(m, 8)
+        and tile.m <= 2 * max(m, 8)
         and min(m, MAX_TILES * 64) <= MAX_TILES * tile.m
         for splits in tile.splits(k, GROUP, form)
         # More than three waves of clusters never won.
