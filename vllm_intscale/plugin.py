@@ -17,7 +17,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import QUANT_METHOD, CheckpointConfig, LayerScheme, check_agreement
 
-_REMEDY = "make one with: intscale quantize SRC OUT"
+# Of other methods, whose checkpoints are converted while they are loaded.
+CONVERTIBLE = ("gptq", "awq", "auto-round", "compressed-tensors")
 _GATES = ("gate", "shared_expert_gate", "router")
 
 
@@ -25,16 +26,16 @@ class IntScaleConfig(QuantizationConfig):  # type: ignore[misc]
     """`CheckpointConfig` behind vLLM's interface."""
 
     def __init__(self, checkpoint: CheckpointConfig | None = None) -> None:
-        """vLLM passes no config for a model that has none, if the user asks for this method."""
+        """Without a checkpoint's config it is made from the model's files, which vLLM names later.
+
+        So it is for a model without a quantization_config, and for one of another method.
+        """
         super().__init__()
-        if checkpoint is None:
-            raise IntScaleError(
-                f"--quantization {QUANT_METHOD}: config.json of the model has no "
-                f"quantization_config, it is not an intscale checkpoint; {_REMEDY}"
-            )
         from vllm_intscale.loading import LoadReport
 
-        self.checkpoint = checkpoint
+        self.checkpoint = checkpoint or CheckpointConfig()
+        self.live = checkpoint is None  # converted while it is loaded
+        self.source: tuple[str, Path] | None = None  # its name and folder
         self.report = LoadReport()
 
     @classmethod
@@ -56,30 +57,43 @@ class IntScaleConfig(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> IntScaleConfig:
         """From `quantization_config` of config.json; IntScaleError for an unknown key or value."""
+        if config.get("quant_method") in CONVERTIBLE:  # see override_quantization_method
+            return cls()
         return cls(CheckpointConfig.from_dict(config))
 
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim intscale checkpoints and no others; vLLM asks this about every checkpoint.
+        """Claim intscale checkpoints, and others if the user wants that; vLLM asks about each.
 
-        Raises IntScaleError if the user wants intscale for a checkpoint of another method.
+        Raises IntScaleError if the user wants intscale for a method that cannot be converted.
         """
         found = hf_quant_cfg.get("quant_method")
         if found == QUANT_METHOD:
             return QUANT_METHOD if user_quant in (None, QUANT_METHOD) else None
         if user_quant == QUANT_METHOD:
+            if found in CONVERTIBLE:
+                return QUANT_METHOD
             raise IntScaleError(
-                f"--quantization {QUANT_METHOD}: quant_method of the checkpoint is {found!r}, it "
-                f"is not an intscale checkpoint; {_REMEDY}"
+                f"--quantization {QUANT_METHOD}: quant_method of the checkpoint is {found!r}; "
+                f"unquantized models can be served, and {', '.join(CONVERTIBLE)} with int4 weights"
             )
         return None
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Refuse a broken local checkpoint before any engine process starts (headers only)."""
+        """Refuse a broken local checkpoint before any engine process starts (headers only).
+
+        For a model that is to be converted, find out how.
+        """
+        if self.live:
+            from vllm_intscale.quantize import plan_live
+
+            plan = plan_live(model_name, revision)
+            self.checkpoint, self.source = plan.config, (model_name, plan.folder)
+            return
         folder = Path(model_name)
         if any(folder.glob("*.safetensors*")):  # the index, if all else is missing
             from vllm_intscale.checkpoint import validate_checkpoint
@@ -108,6 +122,11 @@ class IntScaleConfig(QuantizationConfig):  # type: ignore[misc]
 
         from vllm_intscale.linear import IntScaleLinearMethod
         from vllm_intscale.moe import IntScaleMoEMethod
+
+        if self.source:
+            from vllm_intscale.live import convert_while_loading
+
+            convert_while_loading(*self.source)
 
         if isinstance(layer, LinearBase):
             if _is_router_gate(layer, prefix):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from vllm_intscale.checkpoint import CONFIG, read_config, read_headers
 from vllm_intscale.errors import IntScaleError
@@ -14,7 +15,7 @@ from vllm_intscale.quantize.calibrate import Calibration
 from vllm_intscale.quantize.packed import read_packed, with_weights
 from vllm_intscale.quantize.report import Progress, Report
 from vllm_intscale.quantize.shards import OpenFiles
-from vllm_intscale.quantize.source import QUANTIZATION_KEYS, decide, make_plan, resolve
+from vllm_intscale.quantize.source import QUANTIZATION_KEYS, Plan, decide, make_plan, resolve
 from vllm_intscale.quantize.stream import check_output, write_checkpoint
 
 __all__ = ["Calibration", "Progress", "Report", "convert_model", "quantize_model"]
@@ -80,16 +81,48 @@ def convert_model(
         )
     check_output(Path(out), resume=resume)
     folder = resolve(source, revision)
-    stored, model_config = read_headers(folder), read_config(folder)
-    section = None
-    for part in (model_config.get("text_config") or {}, model_config):
-        for key in QUANTIZATION_KEYS:
-            section = part.pop(key, None) or section
-    if not isinstance(section, dict):
+    model_config = read_config(folder)
+    section = _pop_quantization(model_config)
+    if section is None:
         raise IntScaleError(
             f"{folder / CONFIG} has no quantization_config; an unquantized model is quantized "
             f"with: intscale quantize {source} {out}"
         )
+    plan = _conversion(source, folder, model_config, section, config)
+    return write_checkpoint(plan, Path(out), on_progress, resume=resume)
+
+
+def plan_live(source: str, revision: str | None = None) -> Plan:
+    """What to make of a model that is served without having been quantized or converted before.
+
+    The same as `convert_model` would make of int4 weights, and `quantize_model` of others, by
+    default. Raises IntScaleError if that is not possible.
+    """
+    folder = resolve(source, revision)
+    model_config = read_config(folder)
+    section = _pop_quantization(model_config)
+    if section is None:
+        return make_plan(folder, CheckpointConfig(source=_origin(source, folder)))
+    return _conversion(source, folder, model_config, section, CheckpointConfig())
+
+
+def _pop_quantization(model_config: dict[str, Any]) -> dict[str, Any] | None:
+    """The quantization_config, removed from the model's config; None if it has none."""
+    section = None
+    for part in (model_config.get("text_config") or {}, model_config):
+        for key in QUANTIZATION_KEYS:
+            section = part.pop(key, None) or section
+    return section if isinstance(section, dict) else None
+
+
+def _conversion(
+    source: str,
+    folder: Path,
+    model_config: dict[str, Any],
+    section: Mapping[str, Any],
+    config: CheckpointConfig,
+) -> Plan:
+    stored = read_headers(folder)
     with OpenFiles() as files:
         packed = read_packed(folder, stored, section, files.slice)
     group_sizes = Counter(layer.group_size for layer in packed.values() if not layer.reordered)
@@ -98,8 +131,7 @@ def convert_model(
         group_size=next((g for g, _ in group_sizes.most_common(1) if g in GROUP_SIZES), 128),
         source={**_origin(source, folder), "method": f"converted from {section['quant_method']}"},
     )
-    plan = decide(folder, with_weights(stored, packed), model_config, wanted, packed)
-    return write_checkpoint(plan, Path(out), on_progress, resume=resume)
+    return decide(folder, with_weights(stored, packed), model_config, wanted, packed)
 
 
 def _origin(source: str, folder: Path) -> dict[str, str]:

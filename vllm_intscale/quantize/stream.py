@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -180,6 +181,38 @@ def _write_all(
     return report
 
 
+def read_quantized(plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that `write_checkpoint` would write, one matrix in memory at a time."""
+    with _workers() as workers, OpenFiles() as files:
+        for m in plan.matrices:
+            held = _Held(_specs(m))
+            _Work(files, workers, held, plan.config.amplifier, search=False).write(m)
+            yield from held.tensors.items()
+
+
+class _Held:
+    """Instead of files: the tensors of a matrix in memory."""
+
+    def __init__(self, specs: list[TensorSpec]) -> None:
+        self.tensors = {
+            spec.name: torch.empty(spec.shape, dtype=DTYPES[spec.dtype]) for spec in specs
+        }
+
+    def write(self, name: str, row: int, rows: Tensor) -> None:
+        tensor = self.tensors[name]
+        if tensor.dim():
+            tensor = tensor[row : row + rows.shape[0]]
+        tensor.copy_(rows)
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+class _Writer(Protocol):
+    def write(self, name: str, row: int, rows: Tensor) -> None: ...
+    def read(self, name: str) -> Tensor: ...
+
+
 def _workers() -> ThreadPoolExecutor:
     """As many threads as torch would use, each of which works on a block alone.
 
@@ -196,7 +229,7 @@ class _Work:
 
     files: OpenFiles
     workers: ThreadPoolExecutor
-    writer: ShardWriter
+    writer: _Writer
     amplifier: Amplifier
     search: bool
     scales: dict[str, Scales] = field(default_factory=dict)

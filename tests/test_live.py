@@ -1,0 +1,112 @@
+"""Models that are no intscale checkpoints, converted while vLLM loads them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sources
+import torch
+from safetensors.torch import load_file, save_file
+
+from vllm_intscale.checkpoint import read_config
+from vllm_intscale.errors import IntScaleError
+from vllm_intscale.quantize import convert_model, plan_live, quantize_model
+from vllm_intscale.quantize.stream import read_quantized
+
+PACKED = Path(__file__).parent / "packed"
+NAMES = sorted(path.name for path in PACKED.iterdir() if path.is_dir())
+
+
+def written(source: Path, out: Path) -> Path:
+    """The checkpoint that the commands make of it."""
+    make = convert_model if "quantization_config" in read_config(source) else quantize_model
+    make(str(source), out)
+    return out
+
+
+def check(source: Path, out: Path) -> None:
+    """Converted at load or before: the same tensors, and the same quantization_config."""
+    plan = plan_live(str(source))
+    found = dict(read_quantized(plan))
+    wanted = load_file(written(source, out) / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    config = read_config(out)["quantization_config"]
+    for section in (config, ours := plan.config.to_dict()):
+        section.pop("source")  # says how it was made
+    assert ours == config
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "unquantized"])
+def test_converted_tensors(name: str, tmp_path: Path) -> None:
+    check(PACKED / name, tmp_path / "out")
+
+
+def test_rounded_tensors(tmp_path: Path) -> None:
+    """Fused experts become separate ones, as vLLM loads quantized ones."""
+    sources.save_model(tmp_path / "source", sources.fused_experts(), model_type="qwen3_moe")
+    check(tmp_path / "source", tmp_path / "experts")
+    check(PACKED / "unquantized", tmp_path / "dense")
+
+
+def start(folder: Path, **settings: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(str(folder), dtype="float32", quantization="intscale", **settings)
+    return arguments.create_engine_config()
+
+
+def test_what_cannot_be_converted_stops_before_the_engine(tmp_path: Path) -> None:
+    """With the error of `intscale convert`."""
+    pytest.importorskip("vllm")
+    wrong = shutil.copytree(PACKED / "gptq", tmp_path / "wrong")
+    tensors = load_file(wrong / "model.safetensors")
+    zeros = "model.layers.0.mlp.down_proj.qzeros"
+    tensors[zeros] = torch.full_like(tensors[zeros], 0x77777777) + torch.tensor(1)
+    save_file(tensors, wrong / "model.safetensors")
+    with pytest.raises(ValueError, match="qzeros holds .7, 8., which for symmetric codes"):
+        start(wrong)
+    cut = shutil.copytree(PACKED / "awq", tmp_path / "cut")
+    with (cut / "model.safetensors").open("r+b") as file:
+        file.truncate(100_000)
+    with pytest.raises(ValueError, match="truncated"):
+        start(cut)
+
+
+def test_other_ways_to_read_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm")
+    from vllm_intscale import live
+
+    loading = SimpleNamespace(load_config=SimpleNamespace(load_format="runai_streamer"))
+    monkeypatch.setattr(live, "get_current_vllm_config_or_none", lambda: loading)
+    with pytest.raises(IntScaleError, match="--load-format runai_streamer .* intscale convert"):
+        live.convert_while_loading("some/model", PACKED)
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("gptq", 1), ("gptq", 2), ("awq_asym", 1), ("unquantized", 1)]
+)
+def test_engine(name: str, ranks: int, tmp_path: Path) -> None:
+    test_engine = pytest.importorskip("test_engine")
+    source = Path(shutil.copytree(PACKED / name, tmp_path / "source"))
+    for file in PACKED.glob("gptq/tokenizer*"):
+        shutil.copy(file, source)
+    engine: dict[str, Any] = {"enforce_eager": True, "quantization": "intscale"}
+    if ranks > 1:
+        engine |= {"tensor_parallel_size": ranks, **test_engine.MP}
+    prompts = [[token % 61 + 3 for token in prompt] for prompt in test_engine.PROMPTS]
+    found, output = test_engine.offline(source, tmp_path, prompts, **engine)
+    out = written(source, tmp_path / "out")
+    assert test_engine.agree(found, test_engine.expected(out, ranks, prompts))
+    assert "4 on cpu_backend" in output
+    how = (
+        "rounded to nearest" if name == "unquantized" else f"converted from {name[:4].rstrip('_')}"
+    )
+    assert f"intscale: 7 matrices of {source} are {how}" in output
