@@ -88,6 +88,28 @@ def test_other_ways_to_read_files_are_refused(monkeypatch: pytest.MonkeyPatch) -
         live.convert_while_loading("some/model", PACKED)
 
 
+def test_another_revision_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.26 tells the plugin no revision: what it planned for may be another one."""
+    pytest.importorskip("vllm")
+    from vllm_intscale import live
+
+    class Loader:
+        get_all_weights = None
+
+    monkeypatch.setattr(live, "DefaultModelLoader", Loader)
+    monkeypatch.setattr(live, "_sources", {})
+    monkeypatch.setattr(live, "plan_live", lambda model, revision: plan_live(PACKED / revision))
+    live.convert_while_loading("some/model", PACKED / "awq")
+    for revision, other in (("awq", False), ("gptq", True)):
+        model = SimpleNamespace(model="some/model", revision=revision)
+        weights = Loader.get_all_weights(None, model, None)  # type: ignore[misc]
+        if not other:
+            assert {"lm_head.weight"} < {name for name, _ in weights}
+            continue
+        with pytest.raises(IntScaleError, match="--revision gptq of some/model .* serve the fold"):
+            next(weights)
+
+
 @pytest.mark.e2e
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize(

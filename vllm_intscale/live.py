@@ -52,10 +52,15 @@ def convert_while_loading(model: str, folder: Path) -> None:
             if source is None:
                 yield from read_files(self, model_config, model)
                 return
-            plan = plan_live(str(source))
+            plan = plan_live(model_config.model, model_config.revision)
+            if plan.folder != source:  # vLLM 0.26 does not tell the plugin the revision
+                raise IntScaleError(
+                    f"--revision {model_config.revision} of {model_config.model} cannot be "
+                    f"converted while it is loaded by this vLLM; serve the folder {plan.folder}"
+                )
             quantized = sum(m.scheme is not None for m in plan.matrices)
             method = plan.config.source.get("method", "rounded to nearest")
-            logger.info("intscale: %d matrices of %s are %s", quantized, source, method)
+            logger.info("intscale: %d matrices of %s are %s", quantized, plan.folder, method)
             yield from read_quantized(plan)
             for other in getattr(model, "secondary_weights", ()):
                 yield from self._get_weights_iterator(other)
