@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,3 +135,22 @@ def test_engine(name: str, ranks: int, tmp_path: Path) -> None:
         "rounded to nearest" if name == "unquantized" else f"converted from {name[:4].rstrip('_')}"
     )
     assert f"intscale: 7 matrices of {source} are {how}" in output
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
+def test_eval_of_a_model_as_it_is(tmp_path: Path) -> None:
+    """The perplexity that the converted model has."""
+    pytest.importorskip("vllm")
+    source = PACKED / "gptq"
+    (tmp_path / "text.txt").write_text(" ".join(f"word {i}" for i in range(200)))
+    found = []
+    for model, options in ((source, ["--quantization", "intscale"]), (tmp_path / "out", [])):
+        if not options:
+            written(source, model)
+        command = [sys.executable, "-m", "vllm_intscale", "eval", str(model), *options]
+        command += ["--text", str(tmp_path / "text.txt"), "--window", "32", "--limit", "3"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(done.stdout.splitlines()[-1])["perplexity"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0] > 1

@@ -255,6 +255,10 @@ def evaluate(
     gpu_memory_utilization: Annotated[
         float, typer.Option(help="Share of the GPU's memory that vLLM may take.")
     ] = 0.9,
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="As for vllm serve: intscale quantizes or converts while loading."),
+    ] = None,
 ) -> None:
     """Perplexity of a model on a text, through vLLM's engine.
 
@@ -263,7 +267,7 @@ def evaluate(
     """
     from vllm_intscale.evaluate import perplexity
 
-    result = perplexity(model, text, window, limit, dtype, gpu_memory_utilization)
+    result = perplexity(model, text, window, limit, dtype, gpu_memory_utilization, quantization)
     print(f"windows     {result.windows} of {result.window} tokens")
     print(f"tokens      {result.tokens} scored")
     print(f"perplexity  {result.perplexity:.4f}")

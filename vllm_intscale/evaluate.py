@@ -29,12 +29,15 @@ def perplexity(
     limit: int | None = None,
     dtype: str = "bfloat16",
     gpu_memory_utilization: float = 0.9,
+    quantization: str | None = None,
 ) -> Result:
     """exp of the mean negative log likelihood of a text, in windows scored independently.
 
     The text is tokenized without special tokens and cut into whole windows of `window` tokens (the
     rest is dropped); positions 1 to window - 1 of each are scored. limit: use only this many.
-    gpu_memory_utilization: vLLM's share of the GPU's memory.
+    gpu_memory_utilization: vLLM's share of the GPU's memory. quantization: vLLM's option, if not
+    what the model's config says: "intscale" converts a model of another tool, or an unquantized
+    one, while it is loaded.
 
     Raises IntScaleError if vLLM is missing, or the text unreadable or shorter than a window.
     """
@@ -55,6 +58,7 @@ def perplexity(
         engine = LLM(
             model=model,
             dtype=dtype,
+            quantization=quantization,
             max_model_len=window + 1,  # one token must be generated
             max_num_batched_tokens=2048,  # each holds the log probabilities of a whole vocabulary
             enable_prefix_caching=False,  # a cached position has no log probability
