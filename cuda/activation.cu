@@ -1,13 +1,17 @@
 // Row-wise work on activations, one block a row (token or expert slot), 16-bit floats in:
 //
 //   quantize_activation   x [rows, k] -> a8 int8 (layout: common.cuh), token_scale float32 [rows]
+//   quantize_slots        x [tokens, k] -> the same, a token's row at slot_row of all its slots
 //   silu_mul_quantize     gate_up [rows, 2k] -> the same, of silu(gate) * up rounded to DTYPE
-//   weighted_sum          y [tokens * topk, n] -> out [tokens, n], slots added in order
+//   weighted_sum          y [rows, n] -> out [tokens, n], slots added in order
 //
 // Contract: bit-identical to reference.{quantize_activation, silu_mul, moe}. k and n are multiples
 // of 8, rows are 16-byte aligned; row strides are in elements. Launch: <<<rows, threads>>>, whole
 // warps, up to kMaxThreads; silu_mul_quantize needs 2 * k bytes of dynamic shared memory.
-// A row with slot_expert[row] < 0 belongs to no local expert and is skipped (nullptr: none is).
+// slot_row int [tokens * topk]: moe_routing.cu. Slots at -1 have no row; a block of
+// silu_mul_quantize is a slot, and the first one clears the flags.
+// Those that a grouped GEMM follows let it start only after the kernel before them has ended: so it
+// may at once read what moe_routing.cu wrote.
 #include "common.cuh"
 
 constexpr int kMaxThreads = 1024;  // as launched: 16 columns a thread, or 256
@@ -87,14 +91,13 @@ __device__ __forceinline__ void clear_flags(int8_t* a8, int64_t rows_padded, int
   for (int i = threadIdx.x; i < kFlagBytes / 16; i += blockDim.x) flags[i] = {0, 0, 0, 0};
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads)
-    quantize_activation(const uint16_t* x, int8_t* a8, float* token_scale, int64_t k,
-                        int64_t row_stride, int64_t rows_padded) {
-  let_next_kernel_start();
-  wait_for_previous_kernel();
+// Quantizes row blockIdx.x of x into the same row of a8; or, of slots, into those of its slots.
+template <bool kSlots>
+__device__ __forceinline__ void quantize_row(const uint16_t* x, const int* slot_row, int8_t* a8,
+                                             float* token_scale, int64_t k, int64_t row_stride,
+                                             int64_t rows_padded, int topk) {
   clear_flags(a8, rows_padded, k);
-  const int64_t row = blockIdx.x;
-  const uint4* in = reinterpret_cast<const uint4*>(x + row * row_stride);
+  const uint4* in = reinterpret_cast<const uint4*>(x + blockIdx.x * row_stride);
   const int vectors = int(k / kVector), rest = threadIdx.x + kHeld * blockDim.x;
   uint4 held[kHeld];
 #pragma unroll
@@ -107,25 +110,47 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
   for (int j = 0; j < kHeld; ++j) largest.add(held[j]);
   for (int i = rest; i < vectors; i += blockDim.x) largest.add(in[i]);
   const TokenScale s = token_scale_of(largest.of_block());
+  for (int slot = 0; slot < (kSlots ? topk : 1); ++slot) {
+    const int64_t row = kSlots ? slot_row[blockIdx.x * int64_t(topk) + slot] : int(blockIdx.x);
+    if (kSlots && row < 0) continue;
 #pragma unroll
-  for (int j = 0; j < kHeld; ++j) {
-    const int i = threadIdx.x + j * blockDim.x;
-    if (i < vectors) store_codes(a8, row, rows_padded, i * kVector, held[j], s.inverse);
+    for (int j = 0; j < kHeld; ++j) {
+      const int i = threadIdx.x + j * blockDim.x;
+      if (i < vectors) store_codes(a8, row, rows_padded, i * kVector, held[j], s.inverse);
+    }
+    for (int i = rest; i < vectors; i += blockDim.x) {
+      store_codes(a8, row, rows_padded, i * kVector, in[i], s.inverse);
+    }
+    clear_padding(a8, row, rows_padded, int(k));
+    if (threadIdx.x == 0) token_scale[row] = s.scale;
   }
-  for (int i = rest; i < vectors; i += blockDim.x) {
-    store_codes(a8, row, rows_padded, i * kVector, in[i], s.inverse);
-  }
-  clear_padding(a8, row, rows_padded, int(k));
-  if (threadIdx.x == 0) token_scale[row] = s.scale;
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads)
-    silu_mul_quantize(const uint16_t* gate_up, const int* slot_expert, int8_t* a8,
-                      float* token_scale, int64_t k, int64_t rows_padded) {
+    quantize_activation(const uint16_t* x, int8_t* a8, float* token_scale, int64_t k,
+                        int64_t row_stride, int64_t rows_padded) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  quantize_row<false>(x, nullptr, a8, token_scale, k, row_stride, rows_padded, 1);
+}
+
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    quantize_slots(const uint16_t* x, const int* slot_row, int8_t* a8, float* token_scale,
+                   int64_t k, int64_t row_stride, int64_t rows_padded, int topk) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  quantize_row<true>(x, slot_row, a8, token_scale, k, row_stride, rows_padded, topk);
+}
+
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    silu_mul_quantize(const uint16_t* gate_up, const int* slot_row, int8_t* a8, float* token_scale,
+                      int64_t k, int64_t rows_padded) {
   extern __shared__ uint4 hidden[];  // the row of silu(gate) * up, rounded
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   clear_flags(a8, rows_padded, k);
-  const int64_t row = blockIdx.x;
-  if (slot_expert != nullptr && slot_expert[row] < 0) return;
+  const int64_t row = slot_row[blockIdx.x];
+  if (row < 0) return;
   const uint4* gates = reinterpret_cast<const uint4*>(gate_up + row * 2 * k);
   const uint4* ups = reinterpret_cast<const uint4*>(gate_up + row * 2 * k + k);
   Largest largest;
@@ -151,15 +176,25 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads)
-    weighted_sum(const uint16_t* y, const float* topk_weights, const int* slot_expert,
-                 uint16_t* out, int64_t n, int64_t topk) {
+    weighted_sum(const uint16_t* y, const float* topk_weights, const int* slot_row, uint16_t* out,
+                 int64_t n, int64_t topk) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const int64_t token = blockIdx.x;
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
-    float sum = 0.0f;
+  for (int64_t i = threadIdx.x; i < n / kVector; i += blockDim.x) {
+    float sum[kVector] = {};
     for (int64_t slot = token * topk; slot < (token + 1) * topk; ++slot) {
-      if (slot_expert[slot] < 0) continue;
-      sum = add_rn(sum, mul_rn(topk_weights[slot], to_float<DTYPE>(y[slot * n + i])));
+      const int64_t row = slot_row[slot];
+      if (row < 0) continue;
+      float value[kVector];
+      unpack8<DTYPE>(reinterpret_cast<const uint4*>(y + row * n)[i], value);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        sum[j] = add_rn(sum[j], mul_rn(topk_weights[slot], value[j]));
+      }
     }
-    out[token * n + i] = from_float<DTYPE>(sum);
+    reinterpret_cast<uint4*>(out + token * n)[i] = {
+        from_floats<DTYPE>(sum[0], sum[1]), from_floats<DTYPE>(sum[2], sum[3]),
+        from_floats<DTYPE>(sum[4], sum[5]), from_floats<DTYPE>(sum[6], sum[7])};
   }
 }

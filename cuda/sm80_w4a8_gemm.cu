@@ -13,9 +13,8 @@
 //   out          DTYPE [m, n]; with -DDTYPE=INT32 the accumulators
 //   partials     int32 [tiles][splits][TILE_M][TILE_N], scratch; nullptr for one split
 //   grid (ceil(m / TILE_M), ceil(n / TILE_N), splits), block 32 * WARPS_N * WARPS_M * WARPS_K
-// With -DGROUPED=1 a tile of tokens is one tile of `moe_routing.cu`: rows are gathered from
-// row slot / slots_per_row of a8, written to out[slot], and each tensor has a leading expert
-// dimension. One split then.
+// With -DGROUPED=1 a tile of tokens is one of `moe_routing.cu`, grid.x as many as there may be, and
+// each tensor of the weight has a leading expert dimension. One split then.
 //
 // Weights are the A operand (16 output channels x 32 k), tokens the B operand (8 tokens), so few
 // tokens waste little. The 16 bytes of a lane hold its A fragments of two k-steps:
@@ -86,15 +85,16 @@ __device__ __forceinline__ void for_own_chunks(Copy copy) {
   }
 }
 
-// Row of a8 that feeds a row of this block's tile; where there is none any other of the tile, whose
-// result nobody wants.
-__device__ __forceinline__ int source_row(int row, int m, const int* sorted_slots,
-                                          int slots_per_row) {
+struct TokenTile {
+  int expert, m0, rows;
+};
+__device__ __forceinline__ TokenTile token_tile(const int4* tiles, int m) {
 #if GROUPED
-  const int *slots = sorted_slots + blockIdx.x * TILE_M, slot = slots[row];
-  return (slot < 0 ? slots[0] : slot) / slots_per_row;
+  const int4 own = tiles[blockIdx.x];
+  return {own.x, own.y, own.z};
 #else
-  return min(int(blockIdx.x * TILE_M + row), m - 1);
+  const int m0 = blockIdx.x * TILE_M;
+  return {0, m0, min(TILE_M, m - m0)};
 #endif
 }
 
@@ -256,15 +256,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
     w4a8_gemm(const int8_t* a8, const float* token_scale, const uint8_t* qweight,
               const int16_t* group_scale, const float* channel_scale, const uint16_t* bias,
               Out* out, int4* partials, int m, int rows_padded, int n, int k_blocks,
-              const int* sorted_slots, const int* tile_expert, const int* tile_count,
-              int slots_per_row) {
+              const int4* tiles, const int* tile_count) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int n0 = blockIdx.y * TILE_N, row_tiles = (n + 127) / 128 * 8;
   let_next_kernel_start();
 #if GROUPED
-  wait_for_previous_kernel();
   if (int(blockIdx.x) >= *tile_count) return;
-  const int64_t expert = tile_expert[blockIdx.x];
+  const int64_t expert = token_tile(tiles, m).expert;
   qweight += expert * row_tiles * k_blocks * 1024;
   group_scale += expert * k_blocks * kGroups * row_tiles * 16;
   channel_scale += expert * n;
@@ -294,7 +292,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
   wait_for_previous_kernel();  // weights do not depend on it
   for_own_chunks<kTokenChunks>([&](int j, int slice) {
     const int i = threadIdx.x + j * kThreads;
-    const int row = source_row(i / 8 % TILE_M, m, sorted_slots, slots_per_row);
+    const TokenTile own = token_tile(tiles, m);
+    const int row = own.m0 + min(i / 8 % TILE_M, own.rows - 1);  // past the end any
     from.token[j] = uint32_t(slice * rows_padded + row) * 128 + ((i % 8) ^ (row % 8)) * 16;
   });
   for (int s = 0; s < STAGES - 1; ++s) {
@@ -321,14 +320,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
 
   int* tile = reinterpret_cast<int*>(shared);
   reduce_warps(tile, acc, warp_n, warp_m, warp_k);
+  const TokenTile own = token_tile(tiles, m);  // again, to leave its registers to the loop
   const int splits = GROUPED ? 1 : gridDim.z;
-  const int rows = GROUPED ? TILE_M : min(TILE_M, m - int(blockIdx.x) * TILE_M);
   if (splits > 1) {
     const int index = blockIdx.y * gridDim.x + blockIdx.x;
     int* flags =
         reinterpret_cast<int*>(const_cast<int8_t*>(a8) + int64_t(k_blocks) * rows_padded * 128);
     partials += int64_t(index) * splits * (TILE_M * kVectors);
-    if (!meet_splits(tile, partials, flags + index, rows)) return;
+    if (!meet_splits(tile, partials, flags + index, own.rows)) return;
   }
   const int column = threadIdx.x % kVectors * 4;
   OutputScales scales = {};
@@ -340,12 +339,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
       if (bias != nullptr) scales.bias[j] = to_float<DTYPE>(bias[n0 + column + j]);
     }
   }
-  for (int row = threadIdx.x / kVectors; row < rows; row += kThreads / kVectors) {
-    int target = blockIdx.x * TILE_M + row;
-#if GROUPED
-    target = sorted_slots[target];
-    if (target < 0) continue;
-#endif
+  for (int row = threadIdx.x / kVectors; row < own.rows; row += kThreads / kVectors) {
     int4 sum = *reinterpret_cast<const int4*>(tile + row * kOutPitch + column);
     for (int z = 0; z < splits; ++z) {
       if (z == int(blockIdx.z)) continue;
@@ -353,11 +347,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
       sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
     const int v[4] = {sum.x, sum.y, sum.z, sum.w};
-    const float scale = DTYPE == INT32 ? 0.0f : token_scale[target / slots_per_row];
+    const float scale = DTYPE == INT32 ? 0.0f : token_scale[own.m0 + row];
     Vector y;
 #pragma unroll
     for (int j = 0; j < 4; ++j) y.v[j] = scale_output(v[j], scales, j, bias != nullptr, scale);
-    Out* target_out = out + int64_t(target) * n + n0 + column;
+    Out* target_out = out + int64_t(own.m0 + row) * n + n0 + column;
     if (n % 4 == 0) {  // then rows are aligned and a vector is all in or all out
       if (n0 + column < n) *reinterpret_cast<Vector*>(target_out) = y;
     } else {

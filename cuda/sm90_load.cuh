@@ -60,14 +60,16 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule
     announce(s, number, piece);
     if (piece.k_count == 0) break;
     const Tile t = piece.tile;
-    const int token_bytes = min(TILE_M, p.m_pad - t.m0) * kStageK;
+    const int tokens_to = GROUPED ? (t.m_end + 7) / 8 * 8 : p.m_pad;
+    const int token_bytes = min(TILE_M, tokens_to - t.m0) * kStageK;
+    const int64_t expert_at = int64_t(t.expert) * ((p.n + 127) / 128) * p.k_blocks * kPairBytes;
     const uint8_t* weights[kCopies];
     int copies = 0;  // the last tile may end before its last block
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int block = t.n0 / 64 + i * kCopyBlocks;
       const int64_t pair = int64_t(block / 2) * p.k_blocks + piece.k_begin;
-      weights[i] = p.weight + pair * kPairBytes + block % 2 * kBlockBytes;
+      weights[i] = p.weight + expert_at + pair * kPairBytes + block % 2 * kBlockBytes;
       copies += block / 2 * 128 < p.n;
     }
     const int8_t* tokens = p.a8 + piece.k_begin * token_step + t.m0 * kStageK;
@@ -110,14 +112,16 @@ __device__ __forceinline__ void build_tables(const Problem& p, const Shared& s, 
                                              int lane) {
   Ring ring;
   Piece piece;
-  for (int number = 0; receive(s, number, piece); ++number) {
+  for (int number = 0; receive(p, s, number, piece); ++number) {
     received(s, number, piece);
     const Tile t = piece.tile;
+    const int64_t padded_n = (p.n + 127) / 128 * 128;
+    const float* units = p.unit + t.expert * padded_n;
     float unit[kChannelBlocks][2];
 #pragma unroll
     for (int i = 0; i < kChannelBlocks * 2; ++i) {
       const int channel = t.n0 + i / 2 * 64 + lane * 2 + i % 2;
-      unit[i / 2][i % 2] = channel < (p.n + 127) / 128 * 128 ? p.unit[channel] : 0.0f;
+      unit[i / 2][i % 2] = channel < padded_n ? units[channel] : 0.0f;
     }
     for (int k = 0; k < piece.k_count; ++k) {
       const uint32_t weights = s.stages + ring.offset + kTokenBytes;

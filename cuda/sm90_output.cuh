@@ -8,11 +8,12 @@ struct ChannelScales {  // of a thread's two channels
 __device__ __forceinline__ ChannelScales load_channel_scales(const Problem& p, const Tile& t,
                                                              int warpgroup, int thread) {
   const int channel = t.n0 + channel_block(warpgroup) * 64 + channel_of(thread);
+  const float* scales = p.channel_scale + int64_t(t.expert) * p.n;
   ChannelScales c;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int n = channel + 8 * h;
-    c.scale[h] = n < p.n ? p.channel_scale[n] : 0.0f;
+    c.scale[h] = n < p.n ? scales[n] : 0.0f;
     c.bias[h] = -0.0f;  // leaves every number as it is, -0.0 too
 #if DTYPE != INT32
     if (p.bias != nullptr && n < p.n) c.bias[h] = to_float<DTYPE>(p.bias[n]);
@@ -51,7 +52,7 @@ struct Writer {
     for (int i = 0; i < 4 * kUnitBlocks; ++i) {
       const int token = t.m0 + (unit * kUnitBlocks + i / 4) * 8 + lane % 4 * 2 + i % 2;
       const int n = channel + i / 2 % 2 * 8;
-      if (token < p.m && n < p.n) p.out[int64_t(token) * row_of_outputs(p) + n] = Out(acc[i]);
+      if (token < t.m_end && n < p.n) p.out[int64_t(token) * row_of_outputs(p) + n] = Out(acc[i]);
     }
   }
   template <int first, int end>
@@ -78,7 +79,7 @@ class Writer {
     const int row = warp * kUnitBlocks * 2 + lane / 8, column = lane % 8;
     load_at_ = staging + row * 128 + (column ^ row % 8) * 16;
     const int token = t.m0 + row, channel = t.n0 + channel_block(warpgroup) * 64 + column * 8;
-    rows_ = channel < p.n && lane / 8 < kUnitBlocks * 2 ? p.m - token : 0;
+    rows_ = channel < p.n && lane / 8 < kUnitBlocks * 2 ? t.m_end - token : 0;
     unit_step_ = kUnitBlocks * 8 * row_of_outputs(p);
     out_ = p.out + int64_t(token) * row_of_outputs(p) + channel;
   }

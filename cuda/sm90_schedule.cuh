@@ -27,7 +27,8 @@ __device__ __forceinline__ int tiles_along_m(const Problem& p) {
 }
 
 struct Tile {
-  int n0, m0;  // first channel (of this block), first token
+  int n0, m0, m_end;  // first channel (of this block), first token, end of the tokens
+  int expert;
 };
 struct Piece {  // what a block computes of a tile
   Tile tile;
@@ -39,32 +40,44 @@ constexpr int kLeft = -1;
 // Tiles of the same channels follow each other, but only over as many tokens as the L2 cache keeps
 // until the next channels are multiplied.
 __device__ __forceinline__ Tile tile_at(const Problem& p, int index) {
+#if GROUPED  // the same for the tiles of a group
+  const int along_n = tiles_along_n(p), group = p.tiles[index / along_n].w;
+  const int first = group >> 8, count = group & 255, at = index - first * along_n;
+  const int4 tile = p.tiles[first + at % count];
+  const int n0 = at / count * kClusterN + blockIdx.x % SHARE * 64 * kChannelBlocks;
+  return {n0, tile.y, tile.y + tile.z, tile.x};
+#else
   constexpr int kGroup = 4096 / TILE_M;
   const int of_group = tiles_along_n(p) * kGroup, m_first = index / of_group * kGroup;
   const int m_count = min(kGroup, tiles_along_m(p) - m_first), at = index % of_group;
   const int n0 = at / m_count * kClusterN + blockIdx.x % SHARE * 64 * kChannelBlocks;
-  return {n0, (m_first + at % m_count) * TILE_M};
+  return {n0, (m_first + at % m_count) * TILE_M, p.m, 0};
+#endif
 }
 
 // Only the load warp follows it, and tells the others (announce, receive).
 struct Schedule {
   const Problem& p;
+  const int whole_tiles;
   int next;  // tile to take whole; or ~x, x blocks of k after the start of tile whole_tiles
 
-  __device__ __forceinline__ explicit Schedule(const Problem& p) : p(p), next(cluster()) {}
+  __device__ __forceinline__ explicit Schedule(const Problem& p)
+      : p(p),
+        whole_tiles(GROUPED ? *p.tile_count * tiles_along_n(p) : p.whole_tiles),
+        next(cluster()) {}
 
   __device__ __forceinline__ int cluster() const { return blockIdx.x / cluster_size(); }
   __device__ __forceinline__ int clusters() const { return gridDim.x / cluster_size(); }
 
   __device__ __forceinline__ bool take(Piece& piece) {
-    if (next >= 0 && next < p.whole_tiles) {
+    if (next >= 0 && next < whole_tiles) {
       const int size = split_size(), rank = split_rank();
       const int k_begin = p.k_blocks * rank / size;
       piece = {tile_at(p, next), k_begin, p.k_blocks * (rank + 1) / size - k_begin, 0};
       next += clusters();
       return true;
     }
-    if (streamed() == 0) return false;
+    if (GROUPED || streamed() == 0) return false;
     if (next >= 0) next = ~begin_of(clusters() - 1 - cluster());
     const int at = ~next, end = begin_of(clusters() - cluster());
     if (at >= end) return false;

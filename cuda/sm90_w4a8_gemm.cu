@@ -17,8 +17,11 @@
 //                 sm90_schedule.cuh. With SHARE=2 clusters are two blocks, neighbours in n, that
 //                 load their tokens together. With SLICES=2 two warpgroups multiply the stages of
 //                 the same channels in turn; grid: a block for each tile
-//   May be launched to overlap the kernels before (the quantizer overlaps, too): weights load
-//   first, a8 once they are done. So none of them may write the weights.
+//   With -DGROUPED=1 tiles of tokens are those of moe_routing.cu, weight, unit and channel_scale
+//   have a leading expert dimension, bias is nullptr; grid: enough clusters for any routing if more
+//   than one block shares a tile's k or slices do May be launched to overlap the kernels before
+//   (the quantizer overlaps, too): weights load first, a8 once they are done. So none of them may
+//   write the weights.
 //
 // A block of weights is what one warpgroup multiplies at a time, as the A operand (m64n*k32, in
 // registers): warp w, lane 4 g + t holds channels 16 w + g ("first") and 16 w + g + 8 ("second").
@@ -106,6 +109,8 @@ struct Problem {
   Out* out;
   int4* partials;
   int m, m_pad, n, k_blocks, whole_tiles;
+  const int4* tiles;
+  const int* tile_count;
 };
 
 #include "sm90_schedule.cuh"
@@ -162,6 +167,7 @@ __device__ __forceinline__ void store_global(void* p, uint4 v, bool valid) {
 
 // What the load warp tells the others of a piece, in one of two slots in turn:
 // [n0, m0, k_count (0: no more pieces), followers][barrier: announced][barrier: received].
+// GROUPED: instead of followers, 65536 * expert + tokens.
 constexpr int kSlotBytes = 32;
 constexpr int kAnnounced = 16, kReceived = 24;
 constexpr int kReceivers = kMultipliers / 32 + (FOLD ? kTableWarps : 0);  // warps
@@ -170,17 +176,24 @@ __device__ __forceinline__ void announce(const Shared& s, int number, const Piec
   const uint32_t slot = s.pieces + number % 2 * kSlotBytes;
   barrier_wait(slot + kReceived, number / 2 % 2 ^ 1);
   if (elect_one()) {
-    store_shared(slot, make_uint4(piece.tile.n0, piece.tile.m0, piece.k_count, piece.followers));
+    const Tile& t = piece.tile;
+    const uint32_t last = GROUPED ? t.expert << 16 | (t.m_end - t.m0) : piece.followers;
+    store_shared(slot, make_uint4(t.n0, t.m0, piece.k_count, last));
     barrier_arrive(slot + kAnnounced);
   }
 }
-__device__ __forceinline__ Piece read_piece(const Shared& s, int number) {
+__device__ __forceinline__ Piece read_piece(const Problem& p, const Shared& s, int number) {
   const uint4 v = load_shared(s.pieces + number % 2 * kSlotBytes);
-  return {{int(v.x), int(v.y)}, 0, int(v.z), int(v.w)};
+  const int m0 = v.y, expert = GROUPED ? v.w >> 16 : 0;
+  return {{int(v.x), m0, GROUPED ? m0 + int(v.w & 0xffff) : p.m, expert},
+          0,
+          int(v.z),
+          GROUPED ? 0 : int(v.w)};
 }
-__device__ __forceinline__ bool receive(const Shared& s, int number, Piece& piece) {
+__device__ __forceinline__ bool receive(const Problem& p, const Shared& s, int number,
+                                        Piece& piece) {
   barrier_wait(s.pieces + number % 2 * kSlotBytes + kAnnounced, number / 2 % 2);
-  piece = read_piece(s, number);
+  piece = read_piece(p, s, number);
   return piece.k_count > 0;
 }
 // `piece`: as last read. The address depends on it, by a zero: an arrival overtakes loads.
@@ -201,7 +214,7 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
   Ring ring;
   if (SLICES > 1) ring.offset = slice * kStageBytes;
   Piece piece;
-  for (int number = 0; receive(s, number, piece); ++number) {
+  for (int number = 0; receive(p, s, number, piece); ++number) {
     // What the output needs is under way while the tile is multiplied.
     ChannelScales c;
     if (!FEW_REGISTERS) c = load_channel_scales(p, piece.tile, warpgroup, thread);
@@ -210,13 +223,13 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
     for (int token = thread; token < TILE_M; token += 128) {
       const int row = piece.tile.m0 + token;
       copy4(s.scales + (warpgroup * kScaleTokens + place_of_scale(token)) * 4, p.token_scale + row,
-            row < p.m);
+            row < piece.tile.m_end);
     }
     commit_copies();
     Accumulator acc[kAccumulators];
     const int stages = (piece.k_count + SLICES - 1 - slice) / SLICES;
     multiply(acc, s, ring, stages, warpgroup, thread);
-    piece = read_piece(s, number);  // again, to leave its registers to the multiplication
+    piece = read_piece(p, s, number);  // again, to leave its registers to the multiplication
     received(s, number, piece);
     if (FEW_REGISTERS) c = load_channel_scales(p, piece.tile, warpgroup, thread);
     if (piece.followers == kLeft) {
@@ -240,10 +253,11 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
     w4a8_gemm(const int8_t* a8, const float* token_scale, const uint8_t* weight, const float* unit,
               const float* channel_scale, const uint16_t* bias, Out* out, int4* partials, int m,
-              int m_pad, int n, int k_blocks, int whole_tiles) {
+              int m_pad, int n, int k_blocks, int whole_tiles, const int4* tiles,
+              const int* tile_count) {
   extern __shared__ __align__(1024) uint8_t memory[];
-  const Problem p = {a8,       token_scale, weight, unit, channel_scale, bias,       out,
-                     partials, m,           m_pad,  n,    k_blocks,      whole_tiles};
+  const Problem p = {a8, token_scale, weight, unit,     channel_scale, bias,  out,       partials,
+                     m,  m_pad,       n,      k_blocks, whole_tiles,   tiles, tile_count};
   const int size = split_size(), rank = split_rank();
   const bool clustered = cluster_size() > 1;
   Shared s;

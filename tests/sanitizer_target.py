@@ -10,7 +10,15 @@ import itertools
 import torch
 from generators import activation, assert_same_bits, packed, routing, weight
 
-from vllm_intscale import activations, cuda_backend, jit, ops, reference, sm80_gemm, sm90_gemm
+from vllm_intscale import (
+    activations,
+    cuda_backend,
+    jit,
+    reference,
+    sm80_gemm,
+    sm90_gemm,
+    sm90_tiles,
+)
 
 
 def main() -> None:
@@ -34,10 +42,10 @@ def main() -> None:
             (w, (*sm80_gemm.prepare_weight(qweight, group_scale), channel_scale), tile, splits)
             for tile, splits in itertools.product(sm80_gemm.TILES, (1, 2))
         ]
-        for form in sm90_gemm.FORMS if hopper else ():
+        for form in sm90_tiles.FORMS if hopper else ():
             exact = reference.fold(w) if form == "fold" else w
             ready = sm90_gemm.prepare_weight(w.codes.cuda(), group_scale, channel_scale, form)
-            for tile in sm90_gemm.tiles(form):
+            for tile in sm90_tiles.tiles(form):
                 runs += [
                     (exact, ready, tile, splits)
                     for splits in (1, 2)
@@ -53,16 +61,19 @@ def main() -> None:
                 assert_same_bits(y.cpu(), acc)
     if remove:
         return
-    stacks = []
-    w13 = [packed(weight(128, 64, 32, seed=e)) for e in range(4)]
-    w2 = [packed(weight(64, 64, 32, seed=e)) for e in range(4)]
-    for experts in (w13, w2):
-        q, s, c = (torch.stack(t).cuda() for t in zip(*experts, strict=True))
-        stacks.append(ops.prepare_weight(q, s, c))
+    experts = [
+        [packed(weight(n, 64, 32, seed=e, foldable=True)) for e in range(4)] for n in (128, 64)
+    ]
     weights, ids = (t.cuda() for t in routing(35, 2, 4, "holes"))
     x = torch.randn(35, 64, device="cuda", dtype=torch.bfloat16)
-    for tile in sm80_gemm.TILES:
-        cuda_backend.moe(x, *stacks, weights, ids, None, False, tile=tile)
+    for family in ("sm80", *(sm90_tiles.FORMS if hopper else ())):
+        stacks = []
+        for stack in experts:
+            tensors = [torch.stack(t).cuda() for t in zip(*stack, strict=True)]
+            stacks.append(cuda_backend.prepare_stack(*tensors, family))
+        tiles = sm80_gemm.TILES if family == "sm80" else sm90_tiles.tiles(family, grouped=True)
+        for tile in tiles:
+            cuda_backend.moe(x, *stacks, weights, ids, None, False, plans=[(tile, 1)] * 2)
     torch.cuda.synchronize()
 
 

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from vllm_intscale import cli, sm90_gemm
+from vllm_intscale import cli, sm90_tiles
 from vllm_intscale.bench import gemm, peers, report, tiles, timing, worker
 from vllm_intscale.bench.peers import Layer, Peer
 from vllm_intscale.bench.results import (
@@ -443,6 +443,6 @@ def test_our_weight_is_below_the_limit_of_the_probe() -> None:
 
 
 def test_tiles_to_time_hold_the_one_that_would_be_chosen() -> None:
-    for form, (n, k), m in itertools.product(sm90_gemm.FORMS, gemm.SHAPES.values(), gemm.TOKENS):
-        tile, splits = sm90_gemm.choose(m, n, k, 128, form, 132)
-        assert (sm90_gemm.TILES.index(tile), splits) in tiles.variants(m, n, k, form)
+    for form, (n, k), m in itertools.product(sm90_tiles.FORMS, gemm.SHAPES.values(), gemm.TOKENS):
+        tile, splits = sm90_tiles.choose(m, n, k, 128, form, 132)
+        assert (sm90_tiles.TILES.index(tile), splits) in tiles.variants(m, n, k, form)

@@ -14,7 +14,7 @@ import pytest
 import sass
 import torch
 
-from vllm_intscale import cuda_backend, jit, sm80_gemm, sm90_gemm
+from vllm_intscale import cuda_backend, jit, sm90_tiles
 from vllm_intscale.errors import IntScaleError
 
 ROOT = Path(__file__).parents[1]
@@ -67,16 +67,15 @@ def test_every_variant_compiles_without_local_memory(arch: int, tmp_path: Path) 
     variants: set[jit.Kernel] = set()
     for dtype, group_size in itertools.product((torch.bfloat16, torch.float16), (32, 64, 128)):
         w = generators.weight(64, 128, group_size, foldable=True)
-        qweight, group_scale, _ = generators.packed(w)
-        weights = [
-            sm80_gemm.prepare_weight(q, s)
-            for q, s in ((qweight, group_scale), (qweight[None], group_scale[None]))
-        ]
-        if arch == 90:
-            weights += [sm90_gemm.prepare_weight(*w, form)[:2] for form in sm90_gemm.FORMS]
-        for each in weights:
-            variants.update(cuda_backend.kernels(each, dtype))
-    assert len(variants) == 6 + 7 * 3 * 2 * 2 + 1 + (17 * 3 * 2 if arch == 90 else 0)
+        packed = generators.packed(w)
+        families = ("sm80", *(sm90_tiles.FORMS if arch == 90 else ()))
+        for family in families:
+            matrix = cuda_backend.prepare_matrix(*packed, family)
+            stack = cuda_backend.prepare_stack(*(t[None] for t in packed), family)
+            for weight in (matrix, stack):
+                variants.update(cuda_backend.kernels(weight[:2], dtype))
+    row_kernels = 4 * 2 + 1
+    assert len(variants) == row_kernels + (7 * 2 + (17 + 13 if arch == 90 else 0)) * 3 * 2
     for kernel in variants:
         source = jit.read_source(kernel.file)
         options = [*jit.compile_options(kernel), "-ftz=true"]

@@ -27,10 +27,20 @@ from generators import (
     weight,
 )
 
-from vllm_intscale import activations, cuda_backend, jit, ops, reference, sm80_gemm, sm90_gemm
+from vllm_intscale import (
+    activations,
+    cuda_backend,
+    jit,
+    ops,
+    reference,
+    sm80_gemm,
+    sm90_gemm,
+    sm90_tiles,
+)
 from vllm_intscale.reference import Weight
+from vllm_intscale.routing import Routing, group_rows
 from vllm_intscale.sm80_gemm import TILES
-from vllm_intscale.sm90_gemm import FORMS, STREAMED
+from vllm_intscale.sm90_tiles import FORMS, STREAMED
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,7 +85,7 @@ def variants(
     if family == "sm80":
         blocks = -(-k // sm80_gemm.BLOCK_K)
         return [*itertools.product(TILES, (s for s in splits if s <= blocks)), (None, None)]
-    tiles = sm90_gemm.tiles(family)
+    tiles = sm90_tiles.tiles(family)
     every = [
         (tile, s)
         for tile in tiles
@@ -241,8 +251,9 @@ def test_silu_mul_quantize_equals_reference(dtype: torch.dtype) -> None:
     sweep = every_bfloat16.view(-1, 1024).to(dtype)
     for x in (gate_up, torch.cat([sweep, torch.ones_like(sweep)], dim=1)):
         a8, scale = reference.quantize_activation(reference.silu_mul(x))
-        local = torch.zeros(x.shape[0], dtype=torch.int32, device="cuda")
-        a8_gpu, scale_gpu = cuda_backend.silu_mul_quantize(x.cuda(), local)
+        slot_row = torch.arange(x.shape[0], dtype=torch.int32, device="cuda")[:, None]
+        one_to_one = Routing(slot_row, slot_row, slot_row, x.shape[0])  # only slots are read
+        a8_gpu, scale_gpu = cuda_backend.silu_mul_quantize(x.cuda(), one_to_one)
         assert_same_bits(activations.unswizzle(a8_gpu, *a8.shape).cpu(), a8)
         assert_same_bits(scale_gpu.cpu(), scale)
 
@@ -264,29 +275,85 @@ def test_linear_alone_equals_linear_in_a_batch(dtype: torch.dtype, family: str) 
         assert_same_bits(linear(x[i : i + 1]), y[i : i + 1], f"row {i}")
 
 
-def expert_stack(e: int, n: int, k: int, group_size: int, device: str = "cpu") -> list[Weight]:
-    return [weight(n, k, group_size, seed=i, device=device) for i in range(e)]
+def expert_stack(
+    e: int, n: int, k: int, group_size: int, family: str = "", device: str = "cpu"
+) -> list[Weight]:
+    foldable = family == "fold"
+    return [weight(n, k, group_size, seed=i, device=device, foldable=foldable) for i in range(e)]
 
 
-def prepared_stack(experts: list[Weight]) -> tuple[torch.Tensor, ...]:
+def prepared_stack(experts: list[Weight], family: str = "") -> tuple[torch.Tensor, ...]:
+    """In the layout of a kernel family, or of the one that the operator would choose."""
     stacks = [torch.stack(t).cuda() for t in zip(*map(packed, experts), strict=True)]
+    if family:
+        return cuda_backend.prepare_stack(*stacks, family)
     return ops.prepare_weight(*stacks)
 
 
 ROUTINGS = ("random", "skewed", "one", "holes")
 
 
-def check_grouped_gemm(n: int, k: int, group_size: int) -> None:
+def grouped_variants(family: str, k: int, group_size: int) -> list[tuple[Any, int]]:
+    """Tiles of a family and splits of k."""
+    if family == "sm80":
+        return [(tile, 1) for tile in TILES]
+    return [
+        (tile, splits)
+        for tile in sm90_tiles.tiles(family, grouped=True)
+        for splits in (1, 3)
+        if splits in tile.splits(k, group_size, family)
+    ]
+
+
+@pytest.mark.parametrize("tile_m", [8, 64, 256])
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_group_rows(kind: str, tile_m: int) -> None:
+    """Each local slot has a row of its own, inside a tile of its expert; groups are described."""
+    expert_map = torch.tensor([3, -1, 0, 7, -1, 1, 2, 6], dtype=torch.int32)
+    for (m, topk), mapping in itertools.product(
+        ((1, 2), (3, 1), (33, 3), (5000, 2)), (None, expert_map)
+    ):
+        ids = routing(m, topk, 8, kind)[1]
+        local = ids if mapping is None else torch.where(ids >= 0, mapping[ids.long()], -1)
+        routes = group_rows(ids.cuda(), mapping if mapping is None else mapping.cuda(), 8, tile_m)
+        row, count = routes.slot_row.cpu(), int(routes.tile_count)
+        assert ((row >= 0) == (local >= 0)).all()
+        owners = dict(zip(row[row >= 0].tolist(), local[row >= 0].tolist(), strict=True))
+        assert len(owners) == int((row >= 0).sum()) and all(r < routes.rows for r in owners)
+        tiles = routes.tiles[:count].tolist()
+        in_tiles = {first + i: expert for expert, first, rows, _ in tiles for i in range(rows)}
+        assert in_tiles == owners
+        for i, (expert, first, rows, group) in enumerate(tiles):
+            start, size = group >> 8, group & 255
+            assert first % 8 == 0 and 0 < rows <= tile_m and 0 <= i - start < size <= 16
+            assert all(tiles[j][0] == expert for j in range(start, start + size))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_quantize_slots_equals_reference(dtype: torch.dtype) -> None:
+    x = rows_of_trouble(1416, dtype)
+    ids = routing(x.shape[0], 3, 4, "holes")[1]
+    routes = group_rows(ids.cuda(), None, 4, 16)
+    a8, scale = cuda_backend.quantize_slots(x.cuda(), routes)
+    expected, expected_scale = reference.quantize_activation(x)
+    token, slot = (ids >= 0).nonzero(as_tuple=True)
+    row = routes.slot_row.cpu()[token, slot].long()
+    assert_same_bits(activations.unswizzle(a8, routes.rows, 1416).cpu()[row], expected[token])
+    assert_same_bits(scale.cpu()[row], expected_scale[token])
+
+
+def check_grouped_gemm(n: int, k: int, group_size: int, family: str) -> None:
     """Every slot of every routing, tile and output type against its expert's reference."""
-    experts = expert_stack(4, n, k, group_size, device="cuda")
-    stack = prepared_stack(experts)
+    experts = expert_stack(4, n, k, group_size, family, device="cuda")
+    stack = prepared_stack(experts, family)
     a8, token_scale = activation(1024, k, device="cuda")
-    accs = [reference.accumulate(a8, w.codes, w.group_scale) for w in experts]
+    exact = [arithmetic(w, family) for w in experts]
+    accs = [reference.accumulate(a8, w.codes, w.group_scale) for w in exact]
     expected = {torch.int32: torch.stack(accs)}
     for dtype in HALF:
         outputs = [
             reference.scale_output(acc, token_scale, w.channel_scale, None, dtype)
-            for acc, w in zip(accs, experts, strict=True)
+            for acc, w in zip(accs, exact, strict=True)
         ]
         expected[dtype] = torch.stack(outputs)
     for (m, topk), kind in itertools.product(
@@ -294,56 +361,79 @@ def check_grouped_gemm(n: int, k: int, group_size: int) -> None:
     ):
         ids = routing(m, topk, 4, kind)[1].cuda()
         used = ids >= 0
-        rows = torch.arange(m, device="cuda")[:, None].expand_as(ids)[used]
-        blocked = activations.swizzle(a8[:m])
-        for tile in TILES:
-            routes = cuda_backend.group_slots(ids, None, 4, tile.m)
+        token = torch.arange(m, device="cuda")[:, None].expand_as(ids)[used]
+        for tile, splits in grouped_variants(family, k, group_size):
+            routes = group_rows(ids, None, 4, tile.m)
+            row = routes.slot_row[used].long()
+            grouped = torch.full((routes.rows, k), 77, dtype=torch.int8, device="cuda")
+            scale = token_scale.new_full((routes.rows,), torch.nan)
+            grouped[row], scale[row] = a8[token], token_scale[token]
+            blocked = activations.swizzle(grouped)
             for dtype, every in expected.items():
-                y = cuda_backend.grouped_gemm(blocked, token_scale[:m], stack, routes, dtype, tile)
-                case = f"M={m} topk={topk} N={n} K={k} {kind} {dtype} {tile}"
-                assert_same_bits(y.view(m, topk, n)[used], every[ids.long()[used], rows], case)
+                y = cuda_backend.grouped_gemm(blocked, scale, stack, routes, dtype, tile, splits)
+                case = f"M={m} topk={topk} N={n} K={k} {kind} {dtype} {tile} splits {splits}"
+                assert_same_bits(y[row], every[ids.long()[used], token], case)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("k", INPUTS)
 @pytest.mark.parametrize("n", CHANNELS)
-def test_grouped_gemm_equals_reference(n: int, k: int, group_size: int) -> None:
-    check_grouped_gemm(n, k, group_size)
+def test_grouped_gemm_equals_reference(n: int, k: int, group_size: int, family: str) -> None:
+    check_grouped_gemm(n, k, group_size, family)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("n", "k", "group_size"), [(1, 64, 64), (96, 96, 32), (1408, 704, 64)])
-def test_grouped_gemm_odd_shapes(n: int, k: int, group_size: int) -> None:
-    check_grouped_gemm(n, k, group_size)
+def test_grouped_gemm_odd_shapes(n: int, k: int, group_size: int, family: str) -> None:
+    check_grouped_gemm(n, k, group_size, family)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ROUTINGS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_moe_equals_reference(kind: str, dtype: torch.dtype) -> None:
+def test_moe_equals_reference(kind: str, dtype: torch.dtype, family: str) -> None:
     hidden, inner, experts = 256, 704, 8
-    w13 = expert_stack(experts, 2 * inner, hidden, 128)
-    w2 = expert_stack(experts, hidden, inner, 64)
-    stacks = prepared_stack(w13), prepared_stack(w2)
+    w13 = expert_stack(experts, 2 * inner, hidden, 128, family)
+    w2 = expert_stack(experts, hidden, inner, 64, family)
+    stacks = prepared_stack(w13, family), prepared_stack(w2, family)
+    exact = [(arithmetic(w13[e], family), arithmetic(w2[e], family)) for e in range(experts)]
     expert_map = torch.tensor([3, -1, 0, 7, -1, 1, 2, 6], dtype=torch.int32)
+    plans = itertools.groupby(grouped_variants(family, 256, 64), lambda plan: plan[0].m)
+    by_m = [list(same_m) for _, same_m in plans]
     for m, topk in ((0, 2), (1, 2), (5, 4), (64, 2), (300, 2)):
         x = torch.randn(m, hidden, generator=torch.Generator().manual_seed(m)).to(dtype)
         if m > 4:
             x[3, 7] = torch.nan
         weights, ids = routing(m, topk, experts, kind)
         for mapping, on_input in ((None, False), (expert_map, False), (None, topk == 1)):
-            y = reference.moe(x, lambda e: (w13[e], w2[e]), weights, ids, mapping, on_input)
+            y = reference.moe(x, exact.__getitem__, weights, ids, mapping, on_input)
             device_map = None if mapping is None else mapping.cuda()
             inputs = (x.cuda(), *stacks, weights.cuda(), ids.cuda(), device_map, on_input)
-            for tile in (None, *TILES):
-                case = f"M={m} topk={topk} {kind} {tile}"
-                assert_same_bits(cuda_backend.moe(*inputs, tile=tile).cpu(), y, case)
+            for plan in (None, *((same_m[0], same_m[-1]) for same_m in by_m)):
+                case = f"M={m} topk={topk} {kind} {plan}"
+                assert_same_bits(cuda_backend.moe(*inputs, plans=plan).cpu(), y, case)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_moe_row_alone_equals_row_in_a_batch(family: str) -> None:
+    w13 = prepared_stack(expert_stack(8, 512, 384, 128, family), family)
+    w2 = prepared_stack(expert_stack(8, 384, 256, 128, family), family)
+    x = torch.randn(700, 384, device="cuda", dtype=torch.bfloat16)
+    weights, ids = (t.cuda() for t in routing(700, 2, 8, "random"))
+    y = ops.moe(x, list(w13), list(w2), weights, ids, None, False)
+    for m in (1, 9, 64, 300):
+        part = ops.moe(x[:m], list(w13), list(w2), weights[:m], ids[:m], None, False)
+        assert_same_bits(part, y[:m], f"M={m}")
 
 
 def test_moe_router_weight_on_input() -> None:
-    w13, w2 = expert_stack(4, 256, 128, 128), expert_stack(4, 128, 128, 128)
+    w13, w2 = (expert_stack(4, n, 128, 128, FAMILIES[-1]) for n in (256, 128))
     x = torch.randn(9, 128, dtype=torch.bfloat16)
     weights, ids = routing(9, 1, 4, "random")
-    y = reference.moe(x, lambda e: (w13[e], w2[e]), weights, ids, None, True)
-    stacks = prepared_stack(w13), prepared_stack(w2)
+    exact = [[arithmetic(w, FAMILIES[-1]) for w in pair] for pair in zip(w13, w2, strict=True)]
+    y = reference.moe(x, exact.__getitem__, weights, ids, None, True)
+    stacks = (prepared_stack(w, FAMILIES[-1]) for w in (w13, w2))
     y_gpu = ops.moe(x.cuda(), *map(list, stacks), weights.cuda(), ids.cuda(), None, True)
     assert_same_bits(y_gpu.cpu(), y)
 

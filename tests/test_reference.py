@@ -19,7 +19,15 @@ from generators import (
     weight,
 )
 
-from vllm_intscale import activations, cuda_backend, ops, reference, sm80_gemm, sm90_gemm
+from vllm_intscale import (
+    activations,
+    cuda_backend,
+    ops,
+    reference,
+    sm80_gemm,
+    sm90_gemm,
+    sm90_tiles,
+)
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.packing import pack_codes
 
@@ -276,19 +284,19 @@ def test_choice_of_tile_covers_every_shape() -> None:
         (1, 64, 1000, 152_064),
         (32, 128, 1408, 29_568),
         (32, 64, 128),
-        sm90_gemm.FORMS,
+        sm90_tiles.FORMS,
         (114, 132),
     ):
-        tile, splits = sm90_gemm.choose(m, n, k, group_size, form, multiprocessors)
-        assert tile in sm90_gemm.tiles(form) and 0 <= splits <= -(-k // 128)
-        assert tile.shared_bytes(group_size, form, max(1, splits)) <= sm90_gemm.SHARED_BYTES
+        tile, splits = sm90_tiles.choose(m, n, k, group_size, form, multiprocessors)
+        assert tile in sm90_tiles.tiles(form) and 0 <= splits <= -(-k // 128)
+        assert tile.shared_bytes(group_size, form, max(1, splits)) <= sm90_tiles.SHARED_BYTES
         assert tile.stages_of(group_size, form) >= 2
         shape = m, n, -(-k // 128), group_size, form, 0, multiprocessors
         plan = sm90_gemm._plan(*shape, None, None, float_scale=False)
         clusters, rest = divmod(plan.grid[0], plan.cluster)
         tiles = -(-n // tile.n) * -(-m // tile.m)
         assert clusters and not rest and 0 <= plan.whole_tiles <= tiles
-        assert (plan.whole_tiles < tiles) == (splits == sm90_gemm.STREAMED) == (plan.partials > 0)
+        assert (plan.whole_tiles < tiles) == (splits == sm90_tiles.STREAMED) == (plan.partials > 0)
         assert tile.warpgroups * plan.grid[0] * 4 <= activations.FLAG_BYTES or not plan.partials
 
 

@@ -1,25 +1,26 @@
 """The CUDA side of the operators, on the kernels in `cuda/`.
 
 Every function here has the signature of the operator it implements (`ops`), plus `tile` where a
-test or a benchmark may force one. All are bit-identical to `reference`. Dense layers run on
-`sm90_gemm` where the GPU is a Hopper, and otherwise, as experts do everywhere, on `sm80_gemm`.
+test or a benchmark may force one. All are bit-identical to `reference`. They run on `sm90_gemm`
+where the GPU is a Hopper, on `sm80_gemm` otherwise.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_intscale import jit, sm80_gemm, sm90_gemm
+from vllm_intscale import jit, sm80_gemm, sm90_gemm, sm90_tiles
 from vllm_intscale.activations import new_activation
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.packing import unpack_codes
-from vllm_intscale.sm80_gemm import Routing
+from vllm_intscale.routing import KERNEL as ROUTING
+from vllm_intscale.routing import Routing, group_rows
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.int32: 2}  # DTYPE in common.cuh
 ROW_THREADS = 256
@@ -54,20 +55,22 @@ def _form_of(group_scale: Tensor) -> str:
     return "fold" if group_scale.numel() else "accumulate"
 
 
-def _hopper_form(codes: Tensor, group_scale: Tensor) -> str:
-    """INTSCALE_FORM or, where the weight allows it, the faster one, which is "fold"."""
+def _hopper_form(matrices: Iterable[tuple[Tensor, Tensor]]) -> str:
+    """INTSCALE_FORM or, where all qweight and group_scale allow it, the faster one, "fold"."""
     form = os.environ.get("INTSCALE_FORM", "")
-    if form not in ("", *sm90_gemm.FORMS):
+    if form not in ("", *sm90_tiles.FORMS):
         raise IntScaleError(
-            f"INTSCALE_FORM is {form!r}; it must be one of {', '.join(sm90_gemm.FORMS)}"
+            f"INTSCALE_FORM is {form!r}; it must be one of {', '.join(sm90_tiles.FORMS)}"
         )
-    foldable = form != "accumulate" and sm90_gemm.foldable(codes, group_scale)
-    if form == "fold" and not foldable:
+    if form == "accumulate":
+        return form
+    possible = all(sm90_gemm.foldable(unpack_codes(q, 4), scale) for q, scale in matrices)
+    if form == "fold" and not possible:
         raise IntScaleError(
             "INTSCALE_FORM is 'fold', which needs group scales of at most "
             f"{sm90_gemm.MAX_FOLD_SCALE} and no negative one beside the code -8; unset it"
         )
-    return "fold" if foldable else "accumulate"
+    return "fold" if possible else "accumulate"
 
 
 def prepare_weight(
@@ -75,14 +78,38 @@ def prepare_weight(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checkpoint layout to that of the kernels, see `sm90_gemm` and `sm80_gemm.prepare_weight`.
 
-    A stack `[E, ...]` is one of experts.
+    A stack `[E, ...]` is one of experts, all of one form.
     """
     assert bits == 4  # loading refuses others
-    if qweight.dim() == 2 and torch.cuda.get_device_capability(qweight.device)[0] == 9:
-        codes = unpack_codes(qweight, 4)
-        form = _hopper_form(codes, group_scale)
-        return sm90_gemm.prepare_weight(codes, group_scale, channel_scale, form)
-    return *sm80_gemm.prepare_weight(qweight, group_scale), channel_scale
+    hopper = torch.cuda.get_device_capability(qweight.device)[0] == 9
+    if qweight.dim() == 2:
+        family = _hopper_form([(qweight, group_scale)]) if hopper else "sm80"
+        return prepare_matrix(qweight, group_scale, channel_scale, family)
+    family = _hopper_form(zip(qweight, group_scale, strict=True)) if hopper else "sm80"
+    return prepare_stack(qweight, group_scale, channel_scale, family)
+
+
+def prepare_matrix(
+    qweight: Tensor, group_scale: Tensor, channel_scale: Tensor, family: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For the portable kernel ("sm80"), or for the Hopper kernel in one of its forms."""
+    if family == "sm80":
+        return *sm80_gemm.prepare_weight(qweight, group_scale), channel_scale
+    return sm90_gemm.prepare_weight(unpack_codes(qweight, 4), group_scale, channel_scale, family)
+
+
+def prepare_stack(
+    qweight: Tensor, group_scale: Tensor, channel_scale: Tensor, family: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One expert at a time, which bounds the extra memory to one matrix."""
+    stack: tuple[Tensor, ...] = ()
+    experts = zip(qweight, group_scale, channel_scale, strict=True)
+    for expert, tensors in enumerate(experts):
+        matrix = prepare_matrix(*tensors, family)
+        stack = stack or tuple(t.new_empty(len(qweight), *t.shape) for t in matrix)
+        for target, tensor in zip(stack, matrix, strict=True):
+            target[expert] = tensor
+    return stack[0], stack[1], stack[2]
 
 
 def integer_weight(qweight: Tensor, group_scale: Tensor, n: int, k: int) -> Tensor:
@@ -100,26 +127,23 @@ def _row_kernel(function: str, dtype: torch.dtype) -> jit.Kernel:
     return jit.Kernel("activation.cu", function, (("DTYPE", _dtype_code(dtype)),), shared)
 
 
-ROUTING = jit.Kernel("moe_routing.cu", "group_slots")
-
-
 def kernels(weight: tuple[Tensor, Tensor], dtype: torch.dtype) -> list[jit.Kernel]:
     """Every kernel that a linear layer or a stack of experts with this prepared weight can launch.
 
     weight: qweight and group_scale. Raises IntScaleError for a dtype without kernels.
     """
     qweight, group_scale = weight
-    code = _dtype_code(dtype)
-    needed = [_row_kernel("quantize_activation", dtype)]
+    code, experts = _dtype_code(dtype), qweight.dim() == 5
+    names = ["quantize_slots", "silu_mul_quantize", "weighted_sum"] if experts else []
+    needed = [_row_kernel(name, dtype) for name in names or ["quantize_activation"]]
+    if experts:
+        needed.append(ROUTING)
     if _is_hopper_layout(qweight):
         form, group_size = _form_of(group_scale), sm90_gemm.group_size_of(qweight)
-        return needed + [t.kernel(group_size, form, code) for t in sm90_gemm.tiles(form)]
-    group_size, experts = sm80_gemm.group_size_of(qweight, group_scale), qweight.dim() == 5
-    needed += [tile.kernel(group_size, code, grouped=experts) for tile in sm80_gemm.TILES]
-    if experts:
-        needed += [_row_kernel("silu_mul_quantize", dtype), _row_kernel("weighted_sum", dtype)]
-        needed += [ROUTING]
-    return needed
+        tiles = sm90_tiles.tiles(form, grouped=experts)
+        return needed + [t.kernel(group_size, form, code, grouped=experts) for t in tiles]
+    group_size = sm80_gemm.group_size_of(qweight, group_scale)
+    return needed + [tile.kernel(group_size, code, grouped=experts) for tile in sm80_gemm.TILES]
 
 
 def warm_up(weight: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
@@ -137,6 +161,10 @@ def _load_together(needed: tuple[jit.Kernel, ...], device: int) -> None:
         list(pool.map(lambda kernel: jit.load(kernel, device), needed))
 
 
+def _row_threads(k: int) -> int:
+    return min(MAX_ROW_THREADS, -(-k // (32 * HELD_COLUMNS)) * 32)
+
+
 def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.quantize_activation`; x `[M, K]` bf16 or fp16, K a multiple of 8.
 
@@ -149,14 +177,26 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
     token_scale = x.new_empty(m, dtype=torch.float32)
     if m:
         kernel = _row_kernel("quantize_activation", x.dtype)
-        args = (x, a8, token_scale, *map(np.int64, (k, x.stride(0), a8.shape[1])))
-        threads = min(MAX_ROW_THREADS, -(-k // (32 * HELD_COLUMNS)) * 32)
-        jit.launch(kernel, x.device, (m,), threads, args, overlap=True)
+        args = (x, a8, token_scale, k, x.stride(0), a8.shape[1])
+        jit.launch(kernel, x.device, (m,), _row_threads(k), args, overlap=True)
     return a8, token_scale
 
 
-def silu_mul_quantize(gate_up: Tensor, slot_expert: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.silu_mul` and `quantize_activation` of rows whose expert is local, fused."""
+def quantize_slots(x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """`quantize_activation` of each token into the rows of its slots."""
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.contiguous()
+    (m, k), topk = x.shape, routing.slot_row.shape[1]
+    a8 = new_activation(x, routing.rows, k)
+    token_scale = x.new_empty(routing.rows, dtype=torch.float32)
+    kernel = _row_kernel("quantize_slots", x.dtype)
+    args = (x, routing.slot_row, a8, token_scale, k, x.stride(0), a8.shape[1], topk)
+    jit.launch(kernel, x.device, (m,), _row_threads(k), args, overlap=True)
+    return a8, token_scale
+
+
+def silu_mul_quantize(gate_up: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """`reference.silu_mul` and `quantize_activation` of the slots' rows `[rows, 2 K]`, fused."""
     rows, k = gate_up.shape[0], gate_up.shape[1] // 2
     if 2 * k > MAX_ROW_BYTES:
         raise IntScaleError(
@@ -165,9 +205,11 @@ def silu_mul_quantize(gate_up: Tensor, slot_expert: Tensor) -> tuple[Tensor, Ten
         )
     a8 = new_activation(gate_up, rows, k)
     token_scale = gate_up.new_empty(rows, dtype=torch.float32)
-    kernel = _row_kernel("silu_mul_quantize", gate_up.dtype)
-    args = (gate_up, slot_expert, a8, token_scale, np.int64(k), np.int64(a8.shape[1]))
-    jit.launch(kernel, gate_up.device, (rows,), ROW_THREADS, args, shared_bytes=2 * k)
+    kernel, slots = _row_kernel("silu_mul_quantize", gate_up.dtype), routing.slot_row
+    args = (gate_up, slots, a8, token_scale, k, a8.shape[1])
+    jit.launch(
+        kernel, a8.device, (slots.numel(),), ROW_THREADS, args, shared_bytes=2 * k, overlap=True
+    )
     return a8, token_scale
 
 
@@ -179,12 +221,12 @@ def gemm(
     channel_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
-    tile: sm80_gemm.Tile | sm90_gemm.Tile | None = None,
+    tile: sm80_gemm.Tile | sm90_tiles.Tile | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """See `reference.gemm`; the weight as `prepare_weight` made it. int32 gives accumulators.
 
-    splits: blocks that share a tile's k; on Hopper, sm90_gemm.STREAMED, too.
+    splits: blocks that share a tile's k; on Hopper, sm90_tiles.STREAMED, too.
     """
     m = token_scale.shape[0]
     out = a8.new_empty(m, channel_scale.shape[0], dtype=dtype)
@@ -195,25 +237,9 @@ def gemm(
         assert not isinstance(tile, sm80_gemm.Tile)
         sm90_gemm.gemm(a8, token_scale, weight, bias, out, code, tile, splits)
     else:
-        assert not isinstance(tile, sm90_gemm.Tile)
+        assert not isinstance(tile, sm90_tiles.Tile)
         sm80_gemm.gemm(a8, token_scale, weight, bias, out, code, tile, splits)
     return out
-
-
-def group_slots(topk_ids: Tensor, expert_map: Tensor | None, experts: int, tile_m: int) -> Routing:
-    """Group the slots of topk_ids int `[M, topk]` by local expert, in tiles of `tile_m` rows."""
-    slots = topk_ids.numel()
-    tiles = (slots + min(experts, slots) * (tile_m - 1)) // tile_m  # no routing needs more
-    sizes = (tiles * tile_m, tiles, slots, 1)
-    sorted_slots, tile_expert, slot_expert, tile_count = (
-        topk_ids.new_empty(size, dtype=torch.int32) for size in sizes
-    )
-    scalars = (np.int64(slots), np.int64(experts), np.int64(tile_m))
-    ids = topk_ids.to(torch.int32).contiguous()
-    expert_map = None if expert_map is None else expert_map.to(torch.int32)
-    args = (ids, expert_map, sorted_slots, tile_expert, slot_expert, tile_count, *scalars)
-    jit.launch(ROUTING, topk_ids.device, (1,), 1024, args, shared_bytes=8 * experts)
-    return Routing(sorted_slots, tile_expert, slot_expert, tile_count, topk_ids.shape[1])
 
 
 def grouped_gemm(
@@ -222,16 +248,48 @@ def grouped_gemm(
     weight: tuple[Tensor, Tensor, Tensor],
     routing: Routing,
     dtype: torch.dtype,
-    tile: sm80_gemm.Tile,
+    tile: sm80_gemm.Tile | sm90_tiles.Tile,
+    splits: int = 1,
 ) -> Tensor:
-    """Each slot's row of a8 times its expert's weight: `[slots, N]`.
+    """Each row of a8 that is a slot's times its expert's weight: `[rows, N]`.
 
-    Rows of slots without a local expert are left unwritten.
+    Rows that are no slot's are left unwritten. tile.m is that of the routing.
     """
-    out = a8.new_empty(routing.slot_expert.shape[0], weight[2].shape[1], dtype=dtype)
+    out = a8.new_empty(routing.rows, weight[2].shape[1], dtype=dtype)
     code = _dtype_code(dtype)
-    sm80_gemm.gemm(a8, token_scale, weight, None, out, code, tile, routing=routing)
+    if isinstance(tile, sm90_tiles.Tile):
+        sm90_gemm.gemm(a8, token_scale, weight, None, out, code, tile, splits, routing=routing)
+    else:
+        assert splits == 1
+        sm80_gemm.gemm(a8, token_scale, weight, None, out, code, tile, routing=routing)
     return out
+
+
+GroupedPlan = tuple[sm80_gemm.Tile | sm90_tiles.Tile, int]  # with the splits of k
+
+
+def _choose_grouped(
+    tokens: int, topk: int, experts: int, stacks: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> Sequence[GroupedPlan]:
+    """For each of these stacks of local experts; tiles of all of them have as many tokens.
+
+    experts: on all ranks together.
+    """
+    local_experts, device = stacks[0][0].shape[0], stacks[0][0].device.index
+    if not _is_hopper_layout(stacks[0][0]):
+        slots = -(-tokens * topk * local_experts // experts)
+        return [(sm80_gemm.choose_grouped(slots, stacks[0]), 1)] * len(stacks)
+    shapes = tuple(
+        sm90_tiles.Matrix(
+            scale.shape[1],
+            blocks.shape[2] * sm90_tiles.BLOCK_K,
+            sm90_gemm.group_size_of(blocks),
+            _form_of(unit),
+        )
+        for blocks, unit, scale in stacks
+    )
+    multiprocessors, share = sm90_gemm.multiprocessors_of(device), min(1.0, topk / experts)
+    return sm90_tiles.choose_grouped(tokens, share, local_experts, shapes, multiprocessors)
 
 
 def moe(
@@ -242,23 +300,23 @@ def moe(
     topk_ids: Tensor,
     expert_map: Tensor | None,
     router_weight_on_input: bool,
-    tile: sm80_gemm.Tile | None = None,
+    plans: Sequence[GroupedPlan] | None = None,
 ) -> Tensor:
-    """See `reference.moe`; weights as `prepare_weight` made them."""
+    """See `reference.moe`; weights as `prepare_weight` made them. plans: of w13 and of w2."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not x.shape[0]:
         return out
     if router_weight_on_input:
         x = x * topk_weights.to(x.dtype)
         topk_weights = torch.ones_like(topk_weights)
-    experts, (tokens, topk) = w13[0].shape[0], topk_ids.shape
-    tile = tile or sm80_gemm.choose_grouped(tokens * topk, w13)
-    routing = group_slots(topk_ids, expert_map, experts, tile.m)
-    gate_up = grouped_gemm(*quantize_activation(x), w13, routing, x.dtype, tile)
-    hidden = silu_mul_quantize(gate_up, routing.slot_expert)
-    y = grouped_gemm(*hidden, w2, routing._replace(slots_per_row=1), x.dtype, tile)
-    args = (y, topk_weights.float().contiguous(), routing.slot_expert, out)
-    sizes = (np.int64(y.shape[1]), np.int64(topk))
+    local_experts, (tokens, topk) = w13[0].shape[0], topk_ids.shape
+    experts = local_experts if expert_map is None else expert_map.numel()
+    first, second = plans or _choose_grouped(tokens, topk, experts, (w13, w2))
+    routing = group_rows(topk_ids, expert_map, local_experts, first[0].m)
+    gate_up = grouped_gemm(*quantize_slots(x, routing), w13, routing, x.dtype, *first)
+    hidden = silu_mul_quantize(gate_up, routing)
+    y = grouped_gemm(*hidden, w2, routing, x.dtype, *second)
+    args = (y, topk_weights.float().contiguous(), routing.slot_row, out, y.shape[1], topk)
     kernel = _row_kernel("weighted_sum", x.dtype)
-    jit.launch(kernel, x.device, (tokens,), ROW_THREADS, (*args, *sizes))
+    jit.launch(kernel, x.device, (tokens,), ROW_THREADS, args, overlap=True)
     return out

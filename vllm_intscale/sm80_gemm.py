@@ -12,6 +12,7 @@ from torch import Tensor
 from vllm_intscale import jit
 from vllm_intscale.activations import FLAG_BYTES, check_flags
 from vllm_intscale.packing import unpack_codes
+from vllm_intscale.routing import Routing
 
 BLOCK_N = BLOCK_K = 128  # what a prepared weight is padded to
 
@@ -149,17 +150,8 @@ def prepare_weight(qweight: Tensor, group_scale: Tensor) -> tuple[Tensor, Tensor
     """Checkpoint layout to tensor-core tiles (pictured in `sm80_w4a8_gemm.cu`).
 
     qweight int32 `[N, K/8]` to `[N/16, K/128, 64, 4]`, group_scale int16 `[N, K/g]` to
-    `[K/g, N]`, with N and K padded to 128 by zeros; `[E, ...]` one expert at a time, which
-    bounds the extra memory to one matrix.
+    `[K/g, N]`, with N and K padded to 128 by zeros.
     """
-    if qweight.dim() == 3:
-        matrices = (prepare_weight(q, s) for q, s in zip(qweight, group_scale, strict=True))
-        for expert, matrix in enumerate(matrices):
-            if expert == 0:
-                stack = tuple(t.new_empty(len(qweight), *t.shape) for t in matrix)
-            for target, tensor in zip(stack, matrix, strict=True):
-                target[expert] = tensor
-        return stack[0], stack[1]
     codes = unpack_codes(qweight, 4)
     n, k = codes.shape
     pad_n, pad_k = -n % BLOCK_N, -k % BLOCK_K
@@ -184,16 +176,6 @@ def integer_weight(qweight: Tensor, group_scale: Tensor, n: int, k: int) -> Tens
 # ---- launch -------------------------------------------------------------------------------------
 
 
-class Routing(NamedTuple):
-    """Slots grouped by expert, as `moe_routing.cu` describes them."""
-
-    sorted_slots: Tensor
-    tile_expert: Tensor
-    slot_expert: Tensor
-    tile_count: Tensor
-    slots_per_row: int
-
-
 def group_size_of(qweight: Tensor, group_scale: Tensor) -> int:
     """Of a prepared weight."""
     return qweight.shape[-3] * BLOCK_K // group_scale.shape[-2]
@@ -212,7 +194,7 @@ def gemm(
 ) -> None:
     """out `[M, N]` of a prepared weight; a8 as `cuda_backend.quantize_activation` makes it.
 
-    With routing, out is `[slots, N]`, weight is a stack, and each slot's row goes to its expert.
+    With routing, weight is a stack, and rows are those of its tiles; others are left unwritten.
     """
     qweight, group_scale, channel_scale = weight
     m, n = token_scale.shape[0], channel_scale.shape[-1]
@@ -223,7 +205,7 @@ def gemm(
         tile, splits = choose(m, n, k_blocks, group_size, chip)
     splits = splits or 1
     kernel = tile.kernel(group_size, dtype_code, routing is not None)
-    m_tiles = routing.tile_expert.shape[0] if routing else -(-m // tile.m)
+    m_tiles = routing.tiles.shape[0] if routing else -(-m // tile.m)
     n_tiles = -(-n // tile.n)
     partials = None
     if splits > 1:
@@ -231,14 +213,13 @@ def gemm(
         check_flags(a8)
         size = m_tiles * n_tiles * splits * tile.m * tile.n
         partials = out.new_empty(size, dtype=torch.int32)
-    routing_args = (*routing[:2], *routing[3:]) if routing else (None, None, None, 1)
     jit.launch(
         kernel,
         a8.device,
         (m_tiles, n_tiles, splits),
         tile.threads,
         (a8, token_scale, qweight, group_scale, channel_scale, bias, out, partials)
-        + (m, a8.shape[1], n, k_blocks, *routing_args),
+        + (m, a8.shape[1], n, k_blocks, *(routing[1:3] if routing else (None, None))),
         shared_bytes=kernel.shared_bytes,
         overlap=True,
     )

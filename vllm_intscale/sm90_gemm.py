@@ -1,12 +1,11 @@
-"""Layout, tiles and launch of `cuda/sm90_w4a8_gemm.cu`: dense layers on Hopper.
+"""Layout and launch of `cuda/sm90_w4a8_gemm.cu`, linear layers and experts on Hopper.
 
-Two forms of the arithmetic (`FORMS`): "fold" multiplies by int8 weights with the group scale in
-them, "accumulate" scales int32 partial sums. A layer has one form for all batch sizes.
+Two forms of the arithmetic (`sm90_tiles.FORMS`): "fold" multiplies by int8 weights with the group
+scale in them, "accumulate" scales int32 partial sums. A layer has one form for all batch sizes.
 """
 
 from __future__ import annotations
 
-import math
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -15,185 +14,13 @@ from torch import Tensor
 
 from vllm_intscale import jit, reference
 from vllm_intscale.activations import FLAG_BYTES, check_flags
+from vllm_intscale.routing import Routing
+from vllm_intscale.sm90_tiles import BLOCK_K, STREAMED, Tile, choose
 
-FORMS = ("fold", "accumulate")
-BLOCK_K = 128
 # With |S| up to this, m is below 2**13, and no product that is not a tie comes nearer to one than
 # 2**-14; float32 is 8 times closer. A field has room for 13 bits.
 MAX_FOLD_SCALE = 1023
-SHARED_BYTES = 227 * 1024  # of a block, at most
-MULTIPROCESSOR_BYTES = 228 * 1024  # of its blocks and 1 KB for each
 ROWS = 4096  # of a weight prepared at a time: bounds the extra memory
-MAX_SPLITS = 8  # blocks of a portable cluster
-STREAMED = 0  # instead of a number of splits: see cuda/sm90_schedule.cuh
-
-
-class Tile(NamedTuple):
-    """Tokens x channels of a block, and what it keeps in flight.
-
-    blocks: that share a multiprocessor; batch: k-steps whose multiplications are issued at once;
-    block_us: for `choose`; share: neighbouring blocks that load their tokens together; slices:
-    warpgroups that multiply the same channels, each some of their k.
-    """
-
-    m: int
-    warpgroups: int
-    stages: int
-    blocks: int
-    batch: int
-    block_us: float
-    share: int = 1
-    slices: int = 1
-
-    @property
-    def n(self) -> int:
-        """Channels of what is scheduled as one: of a block, or of blocks that share tokens."""
-        return 64 * self.warpgroups // self.slices * self.share
-
-    @property
-    def threads(self) -> int:
-        return 128 * (self.warpgroups + 1)
-
-    @property
-    def few_registers(self) -> bool:
-        """FEW_REGISTERS of the kernel; streaming such tiles never won."""
-        return self.m * self.warpgroups == 768
-
-    def _bytes(self, group_size: int, form: str) -> tuple[int, int]:
-        """Bytes of a stage without its barriers, and of what is there once."""
-        groups = BLOCK_K // group_size
-        channel_blocks = self.warpgroups // self.slices
-        tables = channel_blocks * groups * 64 * 16 if form == "fold" else 0
-        weights = channel_blocks * (4096 + groups * 128) + tables
-        # Staging, token scales; pieces, a barrier, and what aligning partial sums may skip.
-        fixed = self.warpgroups * (2 * min(self.m, 16) * 128 + max(self.m, 16) * 4) + 112
-        return self.m * BLOCK_K + -(-weights // 1024) * 1024, fixed
-
-    def stages_of(self, group_size: int, form: str) -> int:
-        """As many as measured best for groups of 128, or as fit for smaller groups."""
-        stage, fixed = self._bytes(group_size, form)
-        return min(
-            self.stages,
-            (MULTIPROCESSOR_BYTES // self.blocks - 1024 - fixed) // (stage + stage // 128),
-        )
-
-    def splits(self, k: int, group_size: int, form: str) -> list[int]:
-        """Into how many blocks the K of a tile can be split; or STREAMED."""
-        if self.slices > 1 or self.few_registers:
-            return [1]
-        if self.share > 1:
-            return [STREAMED, 1]
-        possible = range(1, min(MAX_SPLITS, -(-k // BLOCK_K)) + 1)
-        fitting = [s for s in possible if self.shared_bytes(group_size, form, s) <= SHARED_BYTES]
-        return [STREAMED, *fitting]
-
-    def shared_bytes(self, group_size: int, form: str, splits: int) -> int:
-        stage, fixed = self._bytes(group_size, form)
-        stages = self.stages_of(group_size, form)
-        unit, units = min(2, self.m // 8), max(1, self.m // 16)  # see Writer of sm90_output.cuh
-        partials = (splits - 1) * -(-units // splits) * unit * self.warpgroups * 2048
-        if self.m < 128:  # kPartialsInRing
-            return stages * (stage + stage // 128) + fixed + partials
-        return max(stages * stage, partials) + stages * stage // 128 + fixed
-
-    def kernel(
-        self, group_size: int, form: str, dtype_code: int, float_scale: bool = False
-    ) -> jit.Kernel:
-        defines = {
-            "TILE_M": self.m,
-            "WARPGROUPS": self.warpgroups,
-            "STAGES": self.stages_of(group_size, form),
-            "MIN_BLOCKS": self.blocks,
-            "BATCH": self.batch if form == "fold" else 1,
-            "GROUP": group_size,
-            "FOLD": int(form == "fold"),
-            "SHARE": self.share,
-            "SLICES": self.slices,
-            "FLOAT_SCALE": int(float_scale),
-            "DTYPE": dtype_code,
-        }
-        return jit.Kernel(
-            "sm90_w4a8_gemm.cu", "w4a8_gemm", tuple(defines.items()), SHARED_BYTES, "sm_90a"
-        )
-
-
-# The last number: microseconds that 128 k take on an H100 full of such blocks.
-TILES = (
-    Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=0.44),
-    Tile(m=16, warpgroups=1, stages=6, blocks=4, batch=2, block_us=0.47),
-    Tile(m=32, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.47),
-    Tile(m=64, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.42),
-    Tile(m=64, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.54),
-    Tile(m=128, warpgroups=2, stages=8, blocks=1, batch=2, block_us=0.22, slices=2),
-    Tile(m=128, warpgroups=2, stages=7, blocks=1, batch=2, block_us=0.38),
-    Tile(m=128, warpgroups=3, stages=6, blocks=1, batch=2, block_us=0.55),
-    Tile(m=256, warpgroups=1, stages=5, blocks=1, batch=2, block_us=0.36),
-    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.63),
-    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.55, share=2),
-    Tile(m=256, warpgroups=3, stages=4, blocks=1, batch=1, block_us=0.85),
-)
-
-
-def tiles(form: str) -> tuple[Tile, ...]:
-    """Those that a form can use: accumulating needs a second set of accumulators."""
-    large = {(64, 2), (128, 3), (256, 1), (256, 2), (256, 3)}
-    if form == "fold":
-        return TILES
-    return tuple(t for t in TILES if (t.m, t.warpgroups) not in large and t.slices == 1)
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def choose(
-    m: int, n: int, k: int, group_size: int, form: str, multiprocessors: int
-) -> tuple[Tile, int]:
-    """Tile and number of blocks that share a tile's k, for M tokens, N channels, K inputs.
-
-    The fastest by a model of the time, fitted to what `bench.tiles` measures: waves of blocks, each
-    as long as its blocks of k take. Where tokens are few, memory is what blocks share, and what a
-    started wave leaves idle costs only half; clusters of more than two blocks leave some
-    multiprocessors without a whole one; streaming costs no waves, but the exchange of partial sums.
-    Tiles that share tokens count for what they save where the chip is at its limit of power.
-    """
-    k_blocks = -(-k // BLOCK_K)
-
-    def cost(tile: Tile, splits: int) -> float:
-        shared_bytes = tile.shared_bytes(group_size, form, max(1, splits))
-        resident = min(tile.blocks, MULTIPROCESSOR_BYTES // (shared_bytes + 1024))
-        slots = multiprocessors * resident // tile.share
-        tiles = -(-n // tile.n) * -(-m // tile.m)
-        size = tile.m * tile.warpgroups / 512  # of the largest tile
-        start_us = 2.8 * (tile.share - 1)
-        if splits == STREAMED:
-            waves = tiles / slots
-            if waves > 1 and math.ceil(waves) < 1.06 * waves:
-                return math.inf  # little to win
-            clusters = min(slots, tiles * k_blocks)
-            exchange_us = 5.1 + 1.8 * size * (1 + max(1.0, clusters / tiles))
-            return start_us + tiles * k_blocks / clusters * tile.block_us + exchange_us
-        start_us += 0.1 * (splits - 1)
-        waves = tiles * splits / (slots * (1.0 if splits <= 2 else 0.84))
-        if splits > 1 and waves > 1:
-            return math.inf  # never won
-        started = math.ceil(waves) - waves
-        waves = max(1.0, waves + (0.44 if tile.m < 64 and splits == 1 else 1.0) * started)
-        fill = min(1.0, tiles * splits * tile.share / (multiprocessors * tile.blocks))
-        block_us = tile.block_us * (0.38 + 0.62 * fill)
-        output_us = (3.0 if splits == 1 else 6.1) * size
-        return start_us + waves * (math.ceil(k_blocks / splits) * block_us + output_us)
-
-    options = [
-        (tile, splits)
-        for tile in tiles(form)
-        if tile.m <= 2 * max(m, 8)
-        for splits in tile.splits(k, group_size, form)
-    ]
-    # A tile larger than the tokens need has fewer bytes of weights on their way.
-    larger = 2 * max(m, 8)
-    return min(options, key=lambda option: cost(*option) * (1.14 if option[0].m >= larger else 1))
 
 
 # ---- weight layout ------------------------------------------------------------------------------
@@ -299,7 +126,8 @@ def _prepare_rows(
 
 
 def group_size_of(blocks: Tensor) -> int:
-    return BLOCK_K * 128 // (blocks.shape[3] - 4096)
+    """Of a prepared weight."""
+    return BLOCK_K * 128 // (blocks.shape[-1] - 4096)
 
 
 def integer_weight(blocks: Tensor, unit: Tensor, n: int, k: int) -> Tensor:
@@ -323,6 +151,11 @@ def integer_weight(blocks: Tensor, unit: Tensor, n: int, k: int) -> Tensor:
 
 
 # ---- launch -------------------------------------------------------------------------------------
+
+
+@cache
+def multiprocessors_of(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class Plan(NamedTuple):
@@ -349,13 +182,17 @@ def _plan(
     tile: Tile | None,
     splits: int | None,
     float_scale: bool,
+    grouped: bool,
 ) -> Plan:
-    best, best_splits = choose(m, n, k_blocks * BLOCK_K, group_size, form, multiprocessors)
-    tile = tile or best
-    if splits is None:
-        splits = best_splits if tile == best else 1
+    """m: tokens; grouped: the most tiles of tokens that there can be."""
+    if tile is None or splits is None:
+        assert not grouped
+        best, best_splits = choose(m, n, k_blocks * BLOCK_K, group_size, form, multiprocessors)
+        tile = tile or best
+        if splits is None:
+            splits = best_splits if tile == best else 1
     assert not float_scale or (form == "accumulate" and splits == 1)
-    tiles = -(-n // tile.n) * -(-m // tile.m)
+    tiles = -(-n // tile.n) * (m if grouped else -(-m // tile.m))
     resident = multiprocessors * tile.blocks // tile.share
     clusters, whole_tiles, partials = min(tiles, resident), tiles, 0
     if splits == STREAMED:  # at least a tile each, so that most tiles have one follower at most
@@ -367,7 +204,7 @@ def _plan(
         clusters = tiles
     cluster = tile.share if splits <= 1 else splits
     return Plan(
-        tile.kernel(group_size, form, dtype_code, float_scale),
+        tile.kernel(group_size, form, dtype_code, float_scale, grouped),
         (clusters * cluster,),
         tile.threads,
         tile.shared_bytes(group_size, form, max(1, splits)),
@@ -387,9 +224,12 @@ def gemm(
     tile: Tile | None = None,
     splits: int | None = None,
     float_scale: bool = False,
+    routing: Routing | None = None,
 ) -> None:
     """out `[M, N]` of a prepared weight; a8 as `quantize_activation` makes it on CUDA.
 
+    With routing, weight is a stack, tile and splits are given (`choose_grouped`), and rows are
+    those of the routing's tiles; others are left unwritten.
     float_scale: group scales applied in float32, as other methods do. For the comparison in
     `intscale bench gemm`; "accumulate" and one split only.
     """
@@ -397,20 +237,22 @@ def gemm(
     (m, n), (k_blocks, m_pad) = out.shape, a8.shape[:2]
     form, device = "fold" if unit.numel() else "accumulate", a8.device.index
     assert device is not None
-    shape = (m, n, k_blocks, group_size_of(blocks), form, dtype_code, _multiprocessors(device))
-    plan = _plan(*shape, tile, splits, float_scale)
+    most = routing.tiles.shape[0] if routing else m
+    shape = (most, n, k_blocks, group_size_of(blocks), form, dtype_code, multiprocessors_of(device))
+    plan = _plan(*shape, tile, splits, float_scale, routing is not None)
     scratch = None
     if plan.partials:
         check_flags(a8)
         scratch = out.new_empty(plan.partials, dtype=torch.int32)
     sizes = (m, m_pad, n, k_blocks, plan.whole_tiles)
+    tiles = routing[1:3] if routing else (None, None)
     rows = out if n % 8 == 0 else out.new_empty(m, -(-n // 8) * 8)  # written 8 channels at a time
     jit.launch(
         plan.kernel,
         a8.device,
         plan.grid,
         plan.threads,
-        (a8, token_scale, blocks, unit, channel_scale, bias, rows, scratch, *sizes),
+        (a8, token_scale, blocks, unit, channel_scale, bias, rows, scratch, *sizes, *tiles),
         shared_bytes=plan.shared_bytes,
         cluster=plan.cluster,
         overlap=True,

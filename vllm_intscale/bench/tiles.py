@@ -1,6 +1,6 @@
 """`python -m vllm_intscale.bench.tiles`: every tile and split of the Hopper GEMM on every shape.
 
-For whoever tunes `sm90_gemm.TILES` and `choose`: prints, for each shape and number of tokens, the
+For whoever tunes `sm90_tiles.TILES` and `choose`: prints, for each shape and number of tokens, the
 fastest variants and what `choose` takes, and ends with all timings as one line of JSON.
 """
 
@@ -13,7 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from vllm_intscale import cuda_backend, sm90_gemm
+from vllm_intscale import cuda_backend, sm90_gemm, sm90_tiles
 from vllm_intscale.bench.gemm import SHAPES, TOKENS
 from vllm_intscale.bench.timing import Timer, copies_needed
 from vllm_intscale.errors import IntScaleError
@@ -27,8 +27,8 @@ def variants(m: int, n: int, k: int, form: str) -> list[tuple[int, int]]:
     """Tiles (by their number) and splits that are worth a try for M tokens."""
     return [
         (number, splits)
-        for number, tile in enumerate(sm90_gemm.TILES)
-        if tile in sm90_gemm.tiles(form)
+        for number, tile in enumerate(sm90_tiles.TILES)
+        if tile in sm90_tiles.tiles(form)
         and tile.m <= 2 * max(m, 8)
         and min(m, MAX_TILES * 64) <= MAX_TILES * tile.m
         for splits in tile.splits(k, GROUP, form)
@@ -41,7 +41,7 @@ def _call(
     a8: Tensor,
     token_scale: Tensor,
     copies: list[tuple[Tensor, Tensor, Tensor]],
-    tile: sm90_gemm.Tile,
+    tile: sm90_tiles.Tile,
     splits: int,
     copy: int,
 ) -> Tensor:
@@ -69,13 +69,13 @@ def time_shape(timer: Timer, n: int, k: int, form: str) -> list[dict[str, int | 
         a8, token_scale = cuda_backend.quantize_activation(x)
         times: dict[tuple[int, int], float] = {}
         for number, splits in variants(m, n, k, form):
-            tile = sm90_gemm.TILES[number]
+            tile = sm90_tiles.TILES[number]
             call = partial(_call, a8, token_scale, copies, tile, splits)
             call(0)
             graph = timer.capture(call, len(copies), seconds=5e-6 + n * m * k / 4e14)
             times[number, splits] = graph.time()
-        tile, splits = sm90_gemm.choose(m, n, k, GROUP, form, multiprocessors)
-        chosen = sm90_gemm.TILES.index(tile), splits
+        tile, splits = sm90_tiles.choose(m, n, k, GROUP, form, multiprocessors)
+        chosen = sm90_tiles.TILES.index(tile), splits
         fastest = sorted(times, key=lambda variant: times[variant])[:SHOWN]
         shown = "  ".join(f"{times[v]:.1f} us tile {v[0]} splits {v[1]}" for v in fastest)
         print(f"{n}x{k} M={m}: chosen {times[chosen]:.1f} us {chosen};  {shown}", flush=True)
@@ -92,7 +92,7 @@ def main() -> None:
     timer = Timer()
     rows = [
         row
-        for form, (n, k) in product(sm90_gemm.FORMS, SHAPES.values())
+        for form, (n, k) in product(sm90_tiles.FORMS, SHAPES.values())
         for row in time_shape(timer, n, k, form)
     ]
     print(json.dumps(rows))

@@ -1,0 +1,245 @@
+"""Tiles of `cuda/sm90_w4a8_gemm.cu`, and which of them a problem gets."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+from vllm_intscale import jit
+
+FORMS = ("fold", "accumulate")
+BLOCK_K = 128
+SHARED_BYTES = 227 * 1024  # of a block, at most
+MULTIPROCESSOR_BYTES = 228 * 1024  # of its blocks and 1 KB for each
+MAX_SPLITS = 8  # blocks of a portable cluster
+STREAMED = 0  # instead of a number of splits: see cuda/sm90_schedule.cuh
+
+
+class Tile(NamedTuple):
+    """Tokens x channels of a block, and what it keeps in flight.
+
+    blocks: that share a multiprocessor; batch: k-steps whose multiplications are issued at once;
+    block_us: for `choose`; share: neighbouring blocks that load their tokens together; slices:
+    warpgroups that multiply the same channels, each some of their k.
+    """
+
+    m: int
+    warpgroups: int
+    stages: int
+    blocks: int
+    batch: int
+    block_us: float
+    share: int = 1
+    slices: int = 1
+
+    @property
+    def n(self) -> int:
+        """Channels of what is scheduled as one: of a block, or of blocks that share tokens."""
+        return 64 * self.warpgroups // self.slices * self.share
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.warpgroups + 1)
+
+    @property
+    def few_registers(self) -> bool:
+        """FEW_REGISTERS of the kernel; streaming such tiles never won."""
+        return self.m * self.warpgroups == 768
+
+    def _bytes(self, group_size: int, form: str) -> tuple[int, int]:
+        """Bytes of a stage without its barriers, and of what is there once."""
+        groups = BLOCK_K // group_size
+        channel_blocks = self.warpgroups // self.slices
+        tables = channel_blocks * groups * 64 * 16 if form == "fold" else 0
+        weights = channel_blocks * (4096 + groups * 128) + tables
+        # Staging, token scales; pieces, a barrier, and what aligning partial sums may skip.
+        fixed = self.warpgroups * (2 * min(self.m, 16) * 128 + max(self.m, 16) * 4) + 112
+        return self.m * BLOCK_K + -(-weights // 1024) * 1024, fixed
+
+    def stages_of(self, group_size: int, form: str) -> int:
+        """As many as measured best for groups of 128, or as fit for smaller groups."""
+        stage, fixed = self._bytes(group_size, form)
+        return min(
+            self.stages,
+            (MULTIPROCESSOR_BYTES // self.blocks - 1024 - fixed) // (stage + stage // 128),
+        )
+
+    def splits(self, k: int, group_size: int, form: str) -> list[int]:
+        """Into how many blocks the K of a tile can be split; or STREAMED."""
+        if self.slices > 1 or self.few_registers:
+            return [1]
+        if self.share > 1:
+            return [STREAMED, 1]
+        possible = range(1, min(MAX_SPLITS, -(-k // BLOCK_K)) + 1)
+        fitting = [s for s in possible if self.shared_bytes(group_size, form, s) <= SHARED_BYTES]
+        return [STREAMED, *fitting]
+
+    def shared_bytes(self, group_size: int, form: str, splits: int) -> int:
+        stage, fixed = self._bytes(group_size, form)
+        stages = self.stages_of(group_size, form)
+        unit, units = min(2, self.m // 8), max(1, self.m // 16)  # see Writer of sm90_output.cuh
+        partials = (splits - 1) * -(-units // splits) * unit * self.warpgroups * 2048
+        if self.m < 128:  # kPartialsInRing
+            return stages * (stage + stage // 128) + fixed + partials
+        return max(stages * stage, partials) + stages * stage // 128 + fixed
+
+    def kernel(
+        self,
+        group_size: int,
+        form: str,
+        dtype_code: int,
+        float_scale: bool = False,
+        grouped: bool = False,
+    ) -> jit.Kernel:
+        defines = {
+            "TILE_M": self.m,
+            "WARPGROUPS": self.warpgroups,
+            "STAGES": self.stages_of(group_size, form),
+            "MIN_BLOCKS": self.blocks,
+            "BATCH": self.batch if form == "fold" else 1,
+            "GROUP": group_size,
+            "FOLD": int(form == "fold"),
+            "SHARE": self.share,
+            "SLICES": self.slices,
+            "GROUPED": int(grouped),
+            "FLOAT_SCALE": int(float_scale),
+            "DTYPE": dtype_code,
+        }
+        return jit.Kernel(
+            "sm90_w4a8_gemm.cu", "w4a8_gemm", tuple(defines.items()), SHARED_BYTES, "sm_90a"
+        )
+
+
+# The last number: microseconds that 128 k take on an H100 full of such blocks.
+TILES = (
+    Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=0.44),
+    Tile(m=16, warpgroups=1, stages=6, blocks=4, batch=2, block_us=0.47),
+    Tile(m=32, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.47),
+    Tile(m=64, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.42),
+    Tile(m=64, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.54),
+    Tile(m=128, warpgroups=2, stages=8, blocks=1, batch=2, block_us=0.22, slices=2),
+    Tile(m=128, warpgroups=2, stages=7, blocks=1, batch=2, block_us=0.38),
+    Tile(m=128, warpgroups=3, stages=6, blocks=1, batch=2, block_us=0.55),
+    Tile(m=256, warpgroups=1, stages=5, blocks=1, batch=2, block_us=0.36),
+    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.63),
+    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.55, share=2),
+    Tile(m=256, warpgroups=3, stages=4, blocks=1, batch=1, block_us=0.85),
+)
+
+
+def tiles(form: str, grouped: bool = False) -> tuple[Tile, ...]:
+    """Those that a form can use: accumulating needs a second set of accumulators.
+
+    Experts, whose numbers of rows differ, do without those for one exact fit.
+    """
+    large = {(64, 2), (128, 3), (256, 1), (256, 2), (256, 3)}
+    fitted = {(128, 3), (256, 1), (256, 3)}
+    return tuple(
+        t
+        for t in TILES
+        if (form == "fold" or ((t.m, t.warpgroups) not in large and t.slices == 1))
+        and not (grouped and ((t.m, t.warpgroups) in fitted or t.slices > 1))
+    )
+
+
+class Matrix(NamedTuple):
+    """A weight `[N, K]`, or one of a stack of experts."""
+
+    n: int
+    k: int
+    group_size: int
+    form: str
+
+
+def choose(
+    m: int, n: int, k: int, group_size: int, form: str, multiprocessors: int
+) -> tuple[Tile, int]:
+    """Tile and number of blocks that share a tile's k, for M tokens, N channels, K inputs."""
+    matrix = Matrix(n, k, group_size, form)
+    options = [
+        (tile, splits)
+        for tile in tiles(form)
+        if tile.m <= 2 * max(m, 8)
+        for splits in tile.splits(k, group_size, form)
+    ]
+
+    def cost(option: tuple[Tile, int]) -> float:
+        tiles_m = -(-m // option[0].m)
+        return _microseconds(*option, tiles_m, m, matrix, multiprocessors)
+
+    return min(options, key=cost)
+
+
+@lru_cache(4096)
+def choose_grouped(
+    m: int,
+    share: float,
+    local_experts: int,
+    stacks: tuple[Matrix, ...],
+    multiprocessors: int,
+) -> tuple[tuple[Tile, int], ...]:
+    """For each stack that M tokens pass one after the other: tile and blocks that share its k.
+
+    share: of the tokens that an expert gets. All tiles have as many tokens, for the stacks share
+    one routing. Expects that tokens choose their experts evenly, and that each expert loses half a
+    tile at its end.
+    """
+    reached = 1 - (1 - share) ** m  # how probable it is that any token chooses an expert
+    rows = m * share / reached
+
+    def best(tile_m: int, stack: Matrix) -> tuple[float, tuple[Tile, int]]:
+        tiles_m = local_experts * reached * max(1.0, rows / tile_m + 0.5)
+        costs = [
+            (_microseconds(tile, splits, tiles_m, rows, stack, multiprocessors), (tile, splits))
+            for tile in tiles(stack.form, grouped=True)
+            if tile.m == tile_m
+            for splits in tile.splits(stack.k, stack.group_size, stack.form)
+            if splits != STREAMED
+        ]
+        return min(costs, key=lambda cost: cost[0])
+
+    common = set.intersection(*({t.m for t in tiles(s.form, grouped=True)} for s in stacks))
+    plans = [[best(tile_m, stack) for stack in stacks] for tile_m in sorted(common)]
+    plan = min(plans, key=lambda plan: sum(cost for cost, _ in plan))
+    return tuple(option for _, option in plan)
+
+
+def _microseconds(
+    tile: Tile, splits: int, tiles_m: float, m: float, matrix: Matrix, multiprocessors: int
+) -> float:
+    """A model of the time for tiles_m tiles of tokens, each with up to `m` of them.
+
+    Fitted to what `bench.tiles` measures. Waves of blocks, each as long as its blocks of k take.
+    Where tokens are few, memory is what blocks share, and what a started wave leaves idle costs
+    only half; clusters of more than two blocks leave some multiprocessors without a whole one;
+    streaming costs no waves, but the exchange of partial sums. Tiles that share tokens count for
+    what they save where the chip is at its limit of power.
+    """
+    _, k, group_size, form = matrix
+    k_blocks = -(-k // BLOCK_K)
+    shared_bytes = tile.shared_bytes(group_size, form, max(1, splits))
+    resident = min(tile.blocks, MULTIPROCESSOR_BYTES // (shared_bytes + 1024))
+    slots = multiprocessors * resident // tile.share
+    tiles = tiles_m * -(-matrix.n // tile.n)
+    size = tile.m * tile.warpgroups / 512  # of the largest tile
+    # A tile larger than the tokens need has fewer bytes of weights on their way.
+    factor = 1.14 if tile.m >= 2 * max(m, 8) else 1.0
+    start_us = 2.8 * (tile.share - 1)
+    if splits == STREAMED:
+        waves = tiles / slots
+        if waves > 1 and math.ceil(waves) < 1.06 * waves:
+            return math.inf  # little to win
+        clusters = min(slots, tiles * k_blocks)
+        exchange_us = 5.1 + 1.8 * size * (1 + max(1.0, clusters / tiles))
+        return factor * (start_us + tiles * k_blocks / clusters * tile.block_us + exchange_us)
+    start_us += 0.1 * (splits - 1)
+    waves = tiles * splits / (slots * (1.0 if splits <= 2 else 0.84))
+    if splits > 1 and waves > 1:
+        return math.inf  # never won
+    started = math.ceil(waves) - waves
+    waves = max(1.0, waves + (0.44 if tile.m < 64 and splits == 1 else 1.0) * started)
+    fill = min(1.0, tiles * splits * tile.share / (multiprocessors * tile.blocks))
+    block_us = tile.block_us * (0.38 + 0.62 * fill)
+    output_us = (3.0 if splits == 1 else 6.1) * size
+    return factor * (start_us + waves * (math.ceil(k_blocks / splits) * block_us + output_us))
