@@ -264,17 +264,19 @@ def test_form_of_a_layer_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     w = weight(64, 128, 64, foldable=True)
     negative = w.group_scale.clone()
     negative[0, 0], w.codes[0, 0] = -1, -8
+    qweight = pack_codes(w.codes, 4)
+    foldable, not_foldable = (qweight, w.group_scale.abs()), (qweight, negative)
     choose = cuda_backend._hopper_form
-    assert choose(w.codes, w.group_scale.abs()) == "fold"
-    assert choose(w.codes, negative) == "accumulate"
+    assert choose([foldable, foldable]) == "fold"
+    assert choose([foldable, not_foldable]) == "accumulate"
     monkeypatch.setenv("INTSCALE_FORM", "accumulate")
-    assert choose(w.codes, w.group_scale.abs()) == "accumulate"
+    assert choose([foldable]) == "accumulate"
     monkeypatch.setenv("INTSCALE_FORM", "fold")
     with pytest.raises(IntScaleError, match="unset it"):
-        choose(w.codes, negative)
+        choose([not_foldable])
     monkeypatch.setenv("INTSCALE_FORM", "folded")
     with pytest.raises(IntScaleError, match="must be one of fold, accumulate"):
-        choose(w.codes, negative)
+        choose([not_foldable])
 
 
 def test_choice_of_tile_covers_every_shape() -> None:
@@ -292,12 +294,29 @@ def test_choice_of_tile_covers_every_shape() -> None:
         assert tile.shared_bytes(group_size, form, max(1, splits)) <= sm90_tiles.SHARED_BYTES
         assert tile.stages_of(group_size, form) >= 2
         shape = m, n, -(-k // 128), group_size, form, 0, multiprocessors
-        plan = sm90_gemm._plan(*shape, None, None, float_scale=False)
+        plan = sm90_gemm._plan(*shape, None, None, float_scale=False, grouped=False)
         clusters, rest = divmod(plan.grid[0], plan.cluster)
         tiles = -(-n // tile.n) * -(-m // tile.m)
         assert clusters and not rest and 0 <= plan.whole_tiles <= tiles
         assert (plan.whole_tiles < tiles) == (splits == sm90_tiles.STREAMED) == (plan.partials > 0)
         assert tile.warpgroups * plan.grid[0] * 4 <= activations.FLAG_BYTES or not plan.partials
+
+
+def test_choice_of_grouped_tiles() -> None:
+    """Stacks of any shapes and forms get tiles of as many tokens, and splits that fit."""
+    for m, (share, experts), n, k, form in itertools.product(
+        (1, 9, 64, 1000, 8192),
+        ((1.0, 1), (0.25, 8), (1 / 16, 16)),
+        (64, 28_672),
+        (128, 14_336),
+        sm90_tiles.FORMS,
+    ):
+        stacks = sm90_tiles.Matrix(n, k, 128, form), sm90_tiles.Matrix(k, n, 32, "fold")
+        plans = sm90_tiles.choose_grouped(m, share, experts, stacks, 132)
+        assert len({tile.m for tile, _ in plans}) == 1
+        for (tile, splits), stack in zip(plans, stacks, strict=True):
+            assert tile in sm90_tiles.tiles(stack.form, grouped=True)
+            assert splits in tile.splits(stack.k, stack.group_size, stack.form) and splits > 0
 
 
 def test_portable_choice_of_tile_covers_every_shape() -> None:
