@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -19,10 +20,21 @@ from rich.console import Console
 from torch import Tensor
 
 from vllm_intscale import cli, sm90_tiles
-from vllm_intscale.bench import gemm, peers, report, tiles, timing, worker
+from vllm_intscale.bench import (
+    arguments,
+    gemm,
+    moe,
+    moe_peers,
+    peers,
+    report,
+    tiles,
+    timing,
+    worker,
+)
+from vllm_intscale.bench.moe_peers import ExpertLayer, ExpertPeer
 from vllm_intscale.bench.peers import Layer, Peer
+from vllm_intscale.bench.problem import Linear
 from vllm_intscale.bench.results import (
-    MODES,
     Control,
     Row,
     ShapeResults,
@@ -41,7 +53,7 @@ def row(kernel: str, us: float | None = 10.0, m: int = 16, run: str = "r1", **ot
 
 
 def rows_of(kernel: str, **fields: Any) -> list[Row]:
-    return [row(kernel, mode=mode, **fields) for mode in MODES]
+    return [row(kernel, mode=mode, **fields) for mode in Linear.modes]
 
 
 class FakeProcess:
@@ -275,9 +287,12 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> worker.Bench:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(timing, "ROTATION_BYTES", 100_000)
     kernels = ["wrong", "absent", "choosy"]
-    request = worker.Request("tiny", 64, 256, [4, 16], kernels, str(tmp_path / "tiny.json"), "s")
+    path = str(tmp_path / "tiny.json")
+    request = worker.Request("gemm", "tiny", (64, 256), [4, 16], kernels, path, "s")
     weight, x = (torch.randn(rows, 256, dtype=torch.bfloat16) for rows in (64, 16))
-    return worker.Bench(request, "r", weight, x, FakeTimer(), 1.0, {"gpu": "none"})  # type: ignore[arg-type]
+    monkeypatch.setattr(Linear, "limits", {name: 0.1 for name in peers.PEERS})
+    problem = Linear(weight, x, bytes_per_second=1e12)
+    return worker.Bench(request, "r", problem, FakeTimer(), {"gpu": "none"})  # type: ignore[arg-type]
 
 
 def test_worker(
@@ -292,7 +307,7 @@ def test_worker(
     assert len(found) == 4 * 2 * 2  # the control is bf16, since cutlass_fp8 is absent
 
     for m in (4, 16):
-        for mode in MODES:
+        for mode in Linear.modes:
             control = found["bf16", mode, m]
             assert control.us and control.us == control.us_min == control.us_max
             assert control.probe_error == 0 and control.cuda_kernels == ["bf16_kernel"]
@@ -325,6 +340,63 @@ def test_lost_context(bench: worker.Bench, monkeypatch: pytest.MonkeyPatch) -> N
         assert results.missing(m, request.kernels, "s") == ["bf16"]
         assert results.missing(m, request.kernels, "next") == ["choosy", "bf16"]
     assert all("illegal memory access" in (r.error or "") for r in results.rows)
+
+
+# ---- experts ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def experts(monkeypatch: pytest.MonkeyPatch) -> moe.Experts:
+    """A small layer, whose peer "fake" is the reference and "wrong" is not."""
+    monkeypatch.setattr(timing, "ROTATION_BYTES", 3_000_000)
+    problem = moe.Experts.gaussian((64, 128, 16, 4), 32, torch.randn, 1e12)
+
+    def fake(w13: Tensor, w2: Tensor, topk: int, factor: float = 1.0) -> ExpertLayer:
+        def forward(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+            assert (weights.shape, ids.dtype) == ((len(x), topk), torch.int32)
+            y = torch.zeros(len(x), w2.shape[1])
+            for token, slot in itertools.product(range(len(x)), range(topk)):
+                expert = int(ids[token, slot])
+                gate, up = (w13[expert].float() @ x[token].float()).chunk(2)
+                hidden = torch.nn.functional.silu(gate) * up
+                y[token] += weights[token, slot] * (w2[expert].float() @ hidden)
+            return (factor * y).to(x.dtype)
+
+        return ExpertLayer((w13, w2), forward)
+
+    peers = {"fake": fake, "wrong": functools.partial(fake, factor=1.1)}
+    for name, prepare in peers.items():
+        monkeypatch.setitem(moe_peers.PEERS, name, ExpertPeer(prepare, 0.02))
+    monkeypatch.setattr(moe.Experts, "limits", dict.fromkeys(peers, 0.02))
+    monkeypatch.setattr(moe.Experts, "controls", ("fake",))
+    return problem
+
+
+def test_routings(experts: moe.Experts) -> None:
+    even, skewed = (experts.routings(32, mode) for mode in experts.modes)
+    assert len(even) == len(skewed) >= 2 and experts.routings(32, "random") is even
+    for weights, ids in (*even, *skewed):
+        assert all(len(set(token)) == 4 for token in ids.tolist())
+        assert torch.allclose(weights.sum(-1), torch.ones(32))
+    first = [torch.cat([ids for _, ids in r]).eq(0).float().mean() for r in (even, skewed)]
+    assert 0.2 / 4 < first[0] < 0.3 / 4 * 1.2 and first[1] > 2 * first[0]
+    assert len(experts.routings(1, "random")) > len(even)
+    assert experts.floor_us(1) < experts.floor_us(8) < experts.floor_us(32)
+    per_expert = 3 * 64 * 128 * (1 / 2 + 1 / 128) / 1e12 * 1e6
+    assert experts.floor_us(1) == pytest.approx(4 * per_expert)
+
+
+def test_experts_are_measured(experts: moe.Experts, tmp_path: Path) -> None:
+    path = str(tmp_path / "tiny.json")
+    request = worker.Request("moe", "tiny", tuple(experts.size), [3], ["fake", "wrong"], path, "s")
+    bench = worker.Bench(request, "r", experts, FakeTimer(), {"gpu": "none"})  # type: ignore[arg-type]
+    rows, control = bench.measure(3, request.kernels)
+    assert control and control.kernel == "fake"
+    found = {(row.kernel, row.mode): row for row in rows}
+    assert len(found) == len(rows) == 4
+    for mode in experts.modes:
+        assert found["fake", mode].us and (found["fake", mode].probe_error or 1) < 0.02
+        assert (found["wrong", mode].error or "").startswith("wrong result: relative error 0.1")
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -366,15 +438,15 @@ def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options() -> None:
     assert gemm.parse_shapes(["o,128x256", "o"]) == {"o": (4096, 4096), "128x256": (128, 256)}
     assert gemm.parse_shapes([]) == gemm.SHAPES
-    assert gemm.parse_tokens(["64,1", "8"]) == [1, 8, 64]
-    assert gemm.parse_tokens([]) == sorted(gemm.TOKENS)
-    assert gemm.parse_kernels(["bf16,intscale"]) == ["bf16", "intscale"]
-    assert gemm.parse_kernels([]) == list(peers.PEERS)
+    assert arguments.parse_tokens(["64,1", "8"], gemm.TOKENS) == [1, 8, 64]
+    assert arguments.parse_tokens([], gemm.TOKENS) == sorted(gemm.TOKENS)
+    assert arguments.parse_kernels(["bf16,intscale"], peers.PEERS) == ["bf16", "intscale"]
+    assert arguments.parse_kernels([], peers.PEERS) == list(peers.PEERS)
 
 
 def start_fake(request: worker.Request) -> subprocess.Popen[str]:
     """A process that waits to be let run, then ends with a code named in its shape."""
-    code = f"import sys; sys.exit({request.n} if sys.stdin.readline() else 99)"
+    code = f"import sys; sys.exit({request.size[0]} if sys.stdin.readline() else 99)"
     return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True)
 
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vllm_intscale.bench.cli import bench
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import ACCUMULATOR_MAX, Amplifier, CheckpointConfig
 
@@ -33,7 +33,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Time kernels on this machine's GPU.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
@@ -277,50 +276,6 @@ def evaluate(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-@bench.command("gemm")
-def bench_gemm(
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME|NxK",
-            help="qkv, o, gate_up, down (LLaMA-3-8B), paper, or any N x K. Repeatable, or with "
-            "commas. Default: the named ones.",
-        ),
-    ] = None,
-    tokens: Annotated[
-        list[str] | None, typer.Option(metavar="M,M", help="Rows of activations. Default: 1..8192.")
-    ] = None,
-    kernels: Annotated[
-        list[str] | None, typer.Option(metavar="NAME,NAME", help="Default: all; a control, too.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder of results, a JSON file per shape; what is there is not rerun."),
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Image to draw; needs matplotlib.")] = None,
-) -> None:
-    """One W4A8 linear layer beside every kernel of PyTorch, vLLM and humming that is installed.
-
-    Every output is checked against bf16. Microseconds are medians of calls in CUDA graphs over
-    rotating weights; each kernel first runs until the GPU's clock is its own. The last line on
-    stdout is JSON.
-    """
-    from vllm_intscale.bench import gemm, report
-
-    shapes = gemm.parse_shapes(shape or ())
-    chosen, sizes = gemm.parse_kernels(kernels or ()), gemm.parse_tokens(tokens or ())
-    if plot:
-        report.import_pyplot()  # an error now, not after the work
-    with TemporaryDirectory() as temporary:
-        rows, failures = gemm.benchmark(shapes, sizes, chosen, out or Path(temporary))
-    report.print_tables(rows)
-    if plot:
-        report.plot(rows, plot)
-    print(json.dumps(report.summary(rows, shapes=shapes, tokens=sizes, kernels=chosen)))
-    if failures:
-        raise IntScaleError("; ".join(failures))
 
 
 def _parse_amplifier(value: str) -> Amplifier:

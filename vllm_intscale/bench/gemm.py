@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from vllm_intscale.bench.arguments import parse_names
+from vllm_intscale.bench.moe_peers import PEERS as EXPERT_PEERS
 from vllm_intscale.bench.peers import GROUP, PEERS
 from vllm_intscale.bench.results import Row, ShapeResults, set_ratios
 from vllm_intscale.bench.worker import CONTEXT_LOST, Request
@@ -33,7 +35,7 @@ TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 def parse_shapes(values: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Names of presets or NxK, separated by commas, to N and K; none means every preset."""
-    names = _names(values)
+    names = parse_names(values)
     shapes = {name: _shape(name) for name in names} or dict(SHAPES)
     for name, (n, k) in shapes.items():
         if n < 1 or k < GROUP or k % GROUP:
@@ -52,34 +54,12 @@ def _shape(name: str) -> tuple[int, int]:
     return int(n), int(k)
 
 
-def parse_kernels(values: Iterable[str]) -> list[str]:
-    """Names of kernels separated by commas; none means all."""
-    names = _names(values)
-    if unknown := [name for name in names if name not in PEERS]:
-        raise IntScaleError(
-            f"--kernels {', '.join(unknown)}: unknown; there are {', '.join(PEERS)}"
-        )
-    return names or list(PEERS)
-
-
-def parse_tokens(values: Iterable[str]) -> list[int]:
-    """Numbers of tokens separated by commas, sorted; none means `TOKENS`."""
-    names = _names(values)
-    if wrong := [name for name in names if not name.isdecimal() or int(name) < 1]:
-        raise IntScaleError(f"--tokens {', '.join(wrong)}: whole numbers from 1 are needed")
-    return sorted({int(name) for name in names} or set(TOKENS))
-
-
-def _names(values: Iterable[str]) -> list[str]:
-    names = (name.strip() for value in values for name in value.split(","))
-    return list(dict.fromkeys(name for name in names if name))
-
-
 def benchmark(
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, ...]],
     tokens: Sequence[int],
     kernels: Sequence[str],
     folder: Path,
+    kind: str = "gemm",
 ) -> tuple[list[Row], list[str]]:
     """Time what the result files in `folder` do not hold yet, and return what was asked for.
 
@@ -95,8 +75,10 @@ def benchmark(
         )
     session = uuid.uuid4().hex[:8]
     requests = [
-        Request(name, n, k, list(tokens), list(kernels), str(folder / f"{name}.json"), session)
-        for name, (n, k) in shapes.items()
+        Request(
+            kind, name, size, list(tokens), list(kernels), str(folder / f"{name}.json"), session
+        )
+        for name, size in shapes.items()
     ]
     missing = [request for request in requests if _is_missing(request)]
     failures = []
@@ -129,7 +111,7 @@ def benchmark(
 
 def _in_order(rows: Iterable[Row], shapes: Sequence[str], kernels: Sequence[str]) -> list[Row]:
     """As asked for; then the kernels that the files hold besides, which the control confirmed."""
-    order = {name: i for i, name in enumerate(dict.fromkeys([*kernels, *PEERS]))}
+    order = {name: i for i, name in enumerate(dict.fromkeys([*kernels, *PEERS, *EXPERT_PEERS]))}
     last = len(order)  # a kernel of another version of this package
 
     def key(row: Row) -> tuple[int, str, int, str, int]:
@@ -140,7 +122,7 @@ def _in_order(rows: Iterable[Row], shapes: Sequence[str], kernels: Sequence[str]
 
 
 def _load(request: Request) -> ShapeResults:
-    return ShapeResults(Path(request.path), request.shape, request.n, request.k)
+    return ShapeResults(Path(request.path), request.shape, *request.size[:2])
 
 
 def _is_missing(request: Request) -> bool:

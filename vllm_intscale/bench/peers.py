@@ -112,14 +112,14 @@ def _cutlass_8bit(weight: Tensor, quantize: Callable[[Tensor], Tensors]) -> Laye
     return Layer(quantize(weight), gemm, quantize)  # a channel of weights is a row, as a token is
 
 
-def _int8_rows(x: Tensor) -> Tensors:
+def int8_rows(x: Tensor) -> Tensors:
     from vllm import _custom_ops as ops
 
     codes, scale, _ = ops.scaled_int8_quant(x)
     return codes, scale
 
 
-def _fp8_rows(x: Tensor) -> Tensors:
+def fp8_rows(x: Tensor) -> Tensors:
     from vllm import _custom_ops as ops
 
     codes, scale = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
@@ -144,7 +144,7 @@ def int4_weight(weight: Tensor, code_type: Any) -> tuple[Tensor, Tensor]:
     return packed.t().contiguous().t(), scale
 
 
-def _accepted(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
+def accepted(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
     """Those of the arguments that this version of the function has."""
     names = inspect.signature(function).parameters
     return {name: value for name, value in arguments.items() if name in names}
@@ -164,14 +164,14 @@ def _marlin(weight: Tensor, int8: bool) -> Layer:
         size_n=n,
         num_bits=4,
         is_a_8bit=int8,
-        **_accepted(ops.gptq_marlin_repack, perm=empty),
+        **accepted(ops.gptq_marlin_repack, perm=empty),
     )
     scale = marlin_utils.marlin_permute_scales(scale, k, n, GROUP, int8)
     if int8:  # integer scales, and one factor for the whole tensor
         scale, factor = marlin_utils.marlin_act_int8_process_scales(scale)
     workspace = marlin_utils.marlin_make_workspace_new(weight.device)
     # The order of activations is gone from newer versions.
-    order = _accepted(ops.marlin_gemm, g_idx=empty, perm=empty, is_k_full=True)
+    order = accepted(ops.marlin_gemm, g_idx=empty, perm=empty, is_k_full=True)
 
     def quantize(x: Tensor) -> Tensors:
         codes, token_scale = marlin_utils.marlin_quant_input(x, torch.int8)
@@ -223,14 +223,14 @@ def cutlass_w4a8_fp8(weight: Tensor) -> Layer:
 
     packed, scale = int4_weight(weight, scalar_types.int4)
     packed = ops.cutlass_encode_and_reorder_int4b(packed)
-    fp8_scale, channel_scale = convert_bf16_scales_to_fp8(_fp8_rows, scale.t().contiguous())
+    fp8_scale, channel_scale = convert_bf16_scales_to_fp8(fp8_rows, scale.t().contiguous())
     fp8_scale = ops.cutlass_pack_scale_fp8(fp8_scale.t().contiguous())
 
     def gemm(a: Tensors, w: Tensors) -> Tensor:
         y: Tensor = ops.cutlass_w4a8_mm(a[0], w[0], w[1], GROUP, w[2], a[1])
         return y
 
-    return Layer((packed, fp8_scale, channel_scale), gemm, _fp8_rows)
+    return Layer((packed, fp8_scale, channel_scale), gemm, fp8_rows)
 
 
 # ---- humming ------------------------------------------------------------------------------------
@@ -282,8 +282,8 @@ PEERS: dict[str, Peer] = {
     "intscale_integer_scale": Peer(partial(_accumulate, float_scale=False), 0.2),
     "intscale_float_scale": Peer(partial(_accumulate, float_scale=True), 0.2),
     "bf16": Peer(bf16, 0.005),
-    "cutlass_int8": Peer(partial(_cutlass_8bit, quantize=_int8_rows), 0.02),
-    "cutlass_fp8": Peer(partial(_cutlass_8bit, quantize=_fp8_rows), 0.05),
+    "cutlass_int8": Peer(partial(_cutlass_8bit, quantize=int8_rows), 0.02),
+    "cutlass_fp8": Peer(partial(_cutlass_8bit, quantize=fp8_rows), 0.05),
     "marlin_w4a16": Peer(partial(_marlin, int8=False), 0.2),
     "marlin_w4a8_int8": Peer(partial(_marlin, int8=True), 0.2),
     "machete_w4a16": Peer(machete_w4a16, 0.2),

@@ -11,12 +11,14 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from vllm_intscale.bench.results import MODES, OURS, Row, best_peers
+from vllm_intscale.bench.results import OURS, Row, best_peers
 from vllm_intscale.errors import IntScaleError
 
-TITLES = {
+TITLES = {  # by mode
     "gemm": "GEMM alone: quantized activations in, bf16 out",
     "linear": "Linear layer: bf16 in, activations quantized, bf16 out",
+    "random": "Experts chosen evenly",
+    "skewed": "Experts chosen unevenly, the i-th with a probability that goes with 1 / i",
 }
 WIDE = 200  # columns; a table that is cut at 80 is of no use in a log
 LEFT_OUT = ("environment", "cuda_kernels")  # of a row in the summary: long, and in the files
@@ -25,7 +27,7 @@ LEFT_OUT = ("environment", "cuda_kernels")  # of a row in the summary: long, and
 def print_tables(rows: Sequence[Row], console: Console | None = None) -> None:
     """For each mode a table per shape: microseconds by kernel and M, then what failed and why."""
     console = console or Console(width=WIDE, highlight=False)
-    for mode in MODES:
+    for mode in dict.fromkeys(row.mode for row in rows):
         console.print(f"\n{TITLES[mode]} (microseconds, * best peer)", style="bold")
         for shape in dict.fromkeys(row.shape for row in rows):
             chosen = [row for row in rows if (row.mode, row.shape) == (mode, shape)]
@@ -53,10 +55,20 @@ def _table(rows: Sequence[Row]) -> Table:
     if any(ours):
         ratios = (row.ratio_to_best_peer if row else None for row in ours)
         table.add_row(f"{OURS} / best peer", *(f"{r:.2f}" if r else "" for r in ratios))
-    floor = min((row.floor_us for row in rows if row.floor_us), default=None)
-    if floor:
-        table.add_row("streaming int4 weights", *(f"{floor:.1f}" for _ in tokens))
+    floors = _floors(rows)
+    if floors:
+        cells = (f"{floors[m]:.1f}" if m in floors else "" for m in tokens)
+        table.add_row("streaming int4 weights", *cells)
     return table
+
+
+def _floors(rows: Iterable[Row]) -> dict[int, float]:
+    """By M: the least that any process measured."""
+    floors: dict[int, float] = {}
+    for row in rows:
+        if row.floor_us:
+            floors[row.M] = min(row.floor_us, floors.get(row.M, row.floor_us))
+    return floors
 
 
 def _cell(row: Row | None, best: dict[tuple[str, int, str], float]) -> str:
@@ -118,9 +130,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     pyplot = import_pyplot()
     shapes = list(dict.fromkeys(row.shape for row in rows))
     kernels = list(dict.fromkeys(row.kernel for row in rows))
-    size = (5 * len(shapes), 4.5 * len(MODES))
-    figure, panels = pyplot.subplots(len(MODES), len(shapes), figsize=size, squeeze=False)
-    for panel_row, mode in zip(panels, MODES, strict=True):
+    modes = list(dict.fromkeys(row.mode for row in rows))
+    size = (5 * len(shapes), 4.5 * len(modes))
+    figure, panels = pyplot.subplots(len(modes), len(shapes), figsize=size, squeeze=False)
+    for panel_row, mode in zip(panels, modes, strict=True):
         for panel, shape in zip(panel_row, shapes, strict=True):
             chosen = [row for row in rows if (row.mode, row.shape) == (mode, shape)]
             _plot_panel(panel, chosen, kernels)
@@ -151,9 +164,8 @@ def _plot_panel(panel: Any, rows: Sequence[Row], kernels: Sequence[str]) -> None
         style["linestyle"] = "--" if i > 10 else "-"  # there are ten colours
         if points:
             panel.plot(*zip(*points, strict=True), label=kernel, marker=".", **style)
-    floor = min((row.floor_us for row in rows if row.floor_us), default=None)
-    if floor:
-        panel.axhline(floor, color="gray", linestyle=":", label="streaming int4 weights")
+    if floors := sorted(_floors(rows).items()):
+        panel.plot(*zip(*floors, strict=True), ":", color="gray", label="streaming int4 weights")
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.xaxis.set_major_formatter("{x:.0f}")

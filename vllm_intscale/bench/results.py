@@ -17,7 +17,6 @@ from typing import Any
 
 from vllm_intscale.errors import IntScaleError
 
-MODES = ("gemm", "linear")  # quantized operands in; or bf16 in, activations quantized on the way
 OURS = "intscale"  # and what begins so: variants of it, for comparisons
 CONTROL_TOLERANCE = 0.02
 
@@ -31,7 +30,7 @@ class Row:
     K: int
     M: int
     kernel: str
-    mode: str
+    mode: str  # of a linear layer: gemm or linear; of experts: how tokens choose them
     run: str  # the process that timed it
     session: str  # the command that started the process
     date: str
@@ -130,12 +129,9 @@ class ShapeResults:
 
     def missing(self, m: int, kernels: Iterable[str], session: str) -> list[str]:
         """Kernels still to be timed at M. What failed in an earlier session is tried again."""
-        done = {
-            (row.kernel, row.mode)
-            for row in self.rows
-            if m == row.M and (row.error is None or row.session == session)
-        }
-        return [name for name in kernels if not all((name, mode) in done for mode in MODES)]
+        again = {row.kernel for row in self._at(m) if row.error and row.session != session}
+        done = {row.kernel for row in self._at(m)} - again
+        return [name for name in kernels if name not in done]
 
     def missing_tokens(self, tokens: Iterable[int], kernel: str, session: str) -> list[int]:
         return [m for m in tokens if self.missing(m, [kernel], session)]

@@ -22,24 +22,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from vllm_intscale.bench import timing
-from vllm_intscale.bench.peers import PEERS, Layer, Tensors, probe_error
-from vllm_intscale.bench.results import MODES, Control, Row, ShapeResults, weight_floor_us
+from vllm_intscale.bench.moe import Experts
+from vllm_intscale.bench.peers import probe_error
+from vllm_intscale.bench.problem import Linear, Prepared, Problem, Timed
+from vllm_intscale.bench.results import Control, Row, ShapeResults
 
-CONTROLS = ("cutlass_fp8", "bf16")  # the first that works is timed beside everything
 CONTEXT_LOST = 3  # exit code: a kernel left the CUDA context unusable
 SEED = 0
-WEIGHT_STD = 0.02
-# Lower bounds of what hardware does today, to choose how many calls make a graph long enough.
-FAST_BYTES_PER_S = 3e12
-FAST_OPS_PER_S = 1.4e15
 POWER_TOKENS = 256  # fewer are bound by memory, and stay below the GPU's limit of power
 # Slow to import; done before the GPU is needed, while another shape is still being timed.
 IMPORTS = (
     "vllm._custom_ops",
     "vllm.model_executor.layers.quantization.utils.marlin_utils",
+    "vllm.model_executor.layers.fused_moe.experts.marlin_moe",
     "humming.layer",
     "cupy",
 )
@@ -51,9 +48,9 @@ Measure = Callable[[int, Sequence[str]], tuple[list[Row], Control | None]]
 class Request(NamedTuple):
     """What the process is asked for, as JSON in its argument."""
 
+    kind: str  # "gemm" or "moe"
     shape: str
-    n: int
-    k: int
+    size: tuple[int, ...]  # N, K; or those of moe.Size
     tokens: list[int]
     kernels: list[str]
     path: str
@@ -66,20 +63,6 @@ class ContextLost(Exception):
     def __init__(self, kernel: str, error: str) -> None:
         super().__init__(f"{kernel}: {error}")
         self.kernel, self.error = kernel, error
-
-
-class Prepared(NamedTuple):
-    """A layer and the copies of its weight that calls rotate through."""
-
-    layer: Layer
-    copies: list[Tensors]
-    weight_bytes: int
-
-    def call(self, operands: Tensors, copy: int) -> Tensor:
-        return self.layer.gemm(operands, self.copies[copy])
-
-    def call_linear(self, x: Tensor, copy: int) -> Tensor:
-        return self.layer.gemm(self.layer.operands(x), self.copies[copy])
 
 
 def first_line(error: Exception) -> str:
@@ -122,56 +105,51 @@ def complete(
 
 @dataclass
 class Bench:
-    """All kernels at one shape, on the same weight `[N, K]` and activation `[max M, K]`."""
+    """All kernels at one problem."""
 
     request: Request
     run: str
-    weight: Tensor
-    x: Tensor
+    problem: Problem
     timer: timing.Timer
-    floor_us: float
     environment: dict[str, str]
-    layers: dict[str, Prepared | str] = field(default_factory=dict)  # an error where it failed
+    prepared_kernels: dict[str, Prepared | str] = field(default_factory=dict)  # or an error
     seen: set[tuple[str, str]] = field(default_factory=set)  # errors whose traceback is printed
 
     def prepared(self, kernel: str) -> Prepared | str:
-        """The peer's layer, made at its first use, or the error it made instead."""
-        if kernel not in self.layers:
+        """The kernel with its weights, made at its first use, or the error it made instead."""
+        if kernel not in self.prepared_kernels:
             try:
-                layer = PEERS[kernel].prepare(self.weight)
-                size = sum(tensor.nbytes for tensor in layer.weight)
-                copies = [layer.weight]
-                while len(copies) < timing.copies_needed(size):
-                    copies.append(tuple(tensor.clone() for tensor in layer.weight))
-                self.layers[kernel] = Prepared(layer, copies, size)
+                self.prepared_kernels[kernel] = self.problem.prepare(kernel)
             except Exception as error:
-                self.layers[kernel] = self._failure(kernel, error)
+                self.prepared_kernels[kernel] = self._failure(kernel, error)
             torch.cuda.empty_cache()
-        return self.layers[kernel]
+        return self.prepared_kernels[kernel]
 
     def measure(self, m: int, names: Sequence[str]) -> tuple[list[Row], Control | None]:
-        """Time these kernels and the control at M, interleaved, in both modes."""
+        """Time these kernels and the control at M, interleaved, in all modes."""
         start = time.monotonic()
-        control = next((c for c in CONTROLS if isinstance(self.prepared(c), Prepared)), None)
+        modes = self.problem.modes
+        works = (c for c in self.problem.controls if not isinstance(self.prepared(c), str))
+        control = next(works, None)
         kernels = list(dict.fromkeys([*names, control] if control else names))
-        rows = {(name, mode): self._row(m, name, mode) for name in kernels for mode in MODES}
-        x = self.x[:m]
-        reference = x @ self.weight.t()
+        rows = {(name, mode): self._row(m, name, mode) for name in kernels for mode in modes}
+        references = {mode: self.problem.reference(m, mode) for mode in modes}
         settle_seconds = timing.SETTLE_SECONDS if m >= POWER_TOKENS else 0.0
         rounds: dict[tuple[str, str], Callable[[], float]] = {}
-        for name, mode, call, copies in self._calls(kernels, x, rows):
+        for name, mode, timed in self._calls(kernels, m, rows):
             row = rows[name, mode]
             try:
-                probe, limit = probe_error(call(0), reference), PEERS[name].limit
+                probe = probe_error(timed.call(0), references[mode])
+                limit = self.problem.limits[name]
                 row.probe_error = probe if math.isfinite(probe) else None  # JSON has no NaN
                 if not probe < limit:
                     row.error = f"wrong result: relative error {probe:.3g}, limit {limit}"
                     continue
-                captured = self.timer.capture(call, copies, self._least_seconds(m))
+                captured = self.timer.capture(*timed, self.problem.least_seconds(m))
                 rounds[name, mode] = functools.partial(captured.time, settle_seconds)
             except Exception as error:
                 row.error = self._failure(name, error)
-        del reference
+        del references
 
         def failed(key: tuple[str, str], error: Exception) -> None:
             rows[key].error = self._failure(key[0], error)
@@ -179,11 +157,11 @@ class Bench:
         for (name, mode), result in timing.interleave(rounds, failed).items():
             self._fill(rows[name, mode], result)
         for name in kernels:
-            self._share(name, rows)
+            self._share(m, name, rows)
         rounds.clear()
         torch.cuda.empty_cache()  # of the graphs
         log(_progress(list(rows.values()), time.monotonic() - start))
-        us = rows[control, "gemm"].us if control else None
+        us = rows[control, modes[0]].us if control else None
         if control is None or us is None:
             return list(rows.values()), None
         return list(rows.values()), Control(self.run, m, control, us, self.environment["gpu"])
@@ -193,6 +171,7 @@ class Bench:
 
         At the end: a profiler that has run may leave launches slower.
         """
+        modes = self.problem.modes
         by_key = {
             (row.M, row.kernel, row.mode): row
             for row in results.rows
@@ -201,11 +180,11 @@ class Bench:
 
         def calls() -> Iterator[tuple[tuple[int, str, str], Callable[[], object]]]:
             for m in sorted({m for m, _, _ in by_key}):
-                names = [name for mm, name, mode in by_key if mm == m and mode == MODES[0]]
-                rows = {(name, mode): self._row(m, name, mode) for name in names for mode in MODES}
-                for name, mode, call, _ in self._calls(names, self.x[:m], rows):
+                names = [name for mm, name, mode in by_key if mm == m and mode == modes[0]]
+                rows = {(name, mode): self._row(m, name, mode) for name in names for mode in modes}
+                for name, mode, timed in self._calls(names, m, rows):
                     if (m, name, mode) in by_key:
-                        yield (m, name, mode), functools.partial(call, 0)
+                        yield (m, name, mode), functools.partial(timed.call, 0)
 
         try:
             names = timing.kernel_names(calls())
@@ -215,41 +194,35 @@ class Bench:
         for key, launched in names.items():
             by_key[key].cuda_kernels = launched
         for m, name, mode in by_key:
-            if (m, name, mode) not in names:  # bf16 activations: the same calls
-                by_key[m, name, mode].cuda_kernels = names.get((m, name, MODES[0]))
+            if (m, name, mode) not in names:  # the same calls
+                by_key[m, name, mode].cuda_kernels = names.get((m, name, modes[0]))
         results.save()
 
     def _calls(
-        self, kernels: Sequence[str], x: Tensor, rows: dict[tuple[str, str], Row]
-    ) -> Iterator[tuple[str, str, Callable[[int], Tensor], int]]:
-        """Kernel, mode, call by copy of the weight, and copies; what cannot be made is an error in
-        its row. Mode linear of kernels that take bf16 is mode gemm, and left out."""
+        self, kernels: Sequence[str], m: int, rows: dict[tuple[str, str], Row]
+    ) -> Iterator[tuple[str, str, Timed]]:
+        """Kernel, mode and call; what cannot be made is an error in its row."""
         for name in kernels:
             prepared = self.prepared(name)
-            if isinstance(prepared, str):
-                for mode in MODES:
-                    rows[name, mode].error = prepared
-                continue
             try:
-                operands = prepared.layer.operands(x)
+                calls = {} if isinstance(prepared, str) else prepared.calls(m)
             except Exception as error:
-                for mode in MODES:
-                    rows[name, mode].error = self._failure(name, error)
-                continue
-            copies = len(prepared.copies)
-            yield name, MODES[0], functools.partial(prepared.call, operands), copies
-            if prepared.layer.quantize:
-                yield name, MODES[1], functools.partial(prepared.call_linear, x), copies
+                calls, prepared = {}, self._failure(name, error)
+            if isinstance(prepared, str):
+                for mode in self.problem.modes:
+                    rows[name, mode].error = prepared
+            for mode, timed in calls.items():
+                yield name, mode, timed
 
-    def _share(self, name: str, rows: dict[tuple[str, str], Row]) -> None:
-        """Mode linear of a kernel that takes bf16: what mode gemm was."""
-        prepared = self.prepared(name)
-        if isinstance(prepared, Prepared) and not prepared.layer.quantize:
-            shared = {**vars(rows[name, MODES[0]]), "mode": MODES[1]}
-            rows[name, MODES[1]] = Row(**shared)
+    def _share(self, m: int, name: str, rows: dict[tuple[str, str], Row]) -> None:
+        """A mode that the kernel does not tell from the first: what that was."""
+        first, *others = (rows[name, mode] for mode in self.problem.modes)
+        for row in others:
+            if row.us is None and row.error is None:
+                rows[name, row.mode] = Row(**{**vars(first), "mode": row.mode})
 
     def failed_rows(self, m: int, kernel: str, error: str) -> list[Row]:
-        rows = [self._row(m, kernel, mode) for mode in MODES]
+        rows = [self._row(m, kernel, mode) for mode in self.problem.modes]
         for row in rows:
             row.error = error
         return rows
@@ -257,28 +230,24 @@ class Bench:
     def _row(self, m: int, kernel: str, mode: str) -> Row:
         return Row(
             shape=self.request.shape,
-            N=self.request.n,
-            K=self.request.k,
+            N=self.request.size[0],
+            K=self.request.size[1],
             M=m,
             kernel=kernel,
             mode=mode,
             run=self.run,
             session=self.request.session,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
-            floor_us=self.floor_us,
+            floor_us=self.problem.floor_us(m),
             environment=self.environment,
         )
 
     def _fill(self, row: Row, result: timing.Timing) -> None:
         row.us, row.us_min, row.us_max = result
-        row.tops = 2 * row.M * row.N * row.K / row.us / 1e6
+        row.tops = self.problem.operations(row.M) / row.us / 1e6
         prepared = self.prepared(row.kernel)
-        if isinstance(prepared, Prepared):
+        if not isinstance(prepared, str):
             row.weight_GB_per_s = prepared.weight_bytes / row.us / 1e3
-
-    def _least_seconds(self, m: int) -> float:
-        n, k = self.request.n, self.request.k
-        return max(n * k / 2 / FAST_BYTES_PER_S, 2 * m * n * k / FAST_OPS_PER_S)
 
     def _failure(self, kernel: str, error: Exception) -> str:
         """The error as a row holds it; ContextLost if the GPU is lost with it."""
@@ -295,7 +264,8 @@ class Bench:
 
 def _progress(rows: list[Row], seconds: float) -> str:
     first = rows[0]
-    times = [(row.us, row.kernel) for row in rows if row.us is not None and row.mode == MODES[0]]
+    timed = [row for row in rows if row.us is not None and row.mode == first.mode]
+    times = [(row.us or 0.0, row.kernel) for row in timed]
     best = f"best {min(times)[1]} {min(times)[0]:.1f} us" if times else "nothing ran"
     errors = len({row.kernel for row in rows if row.error})
     failed = f", {errors} failed" if errors else ""
@@ -327,16 +297,18 @@ def make_bench(request: Request, run: str) -> Bench:
     timer = timing.Timer()
     generator = torch.Generator("cuda").manual_seed(SEED)
     gaussian = functools.partial(torch.randn, generator=generator, device="cuda")
-    n, k = request.n, request.k
-    weight = gaussian(n, k).mul_(WEIGHT_STD).to(torch.bfloat16)
-    x = gaussian(max(request.tokens), k).to(torch.bfloat16)
-    floor_us = weight_floor_us(n, k, timing.memory_bandwidth())
-    return Bench(request, run, weight, x, timer, floor_us, environment())
+    arguments = request.size, max(request.tokens), gaussian, timing.memory_bandwidth()
+    problem: Problem
+    if request.kind == "gemm":
+        problem = Linear.gaussian(*arguments)
+    else:
+        problem = Experts.gaussian(*arguments)
+    return Bench(request, run, problem, timer, environment())
 
 
 def run(request: Request, bench: Bench) -> int:
     """Time what the request names and is missing; returns the exit code."""
-    results = ShapeResults(Path(request.path), request.shape, request.n, request.k)
+    results = ShapeResults(Path(request.path), request.shape, *request.size[:2])
     kernels, session = request.kernels, request.session
     try:
         complete(results, request.tokens, kernels, session, bench.run, bench.measure)

@@ -1,0 +1,30 @@
+"""What the commands of `intscale bench` are given: lists, repeated or with commas."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+from vllm_intscale.errors import IntScaleError
+
+
+def parse_kernels(values: Iterable[str], known: Collection[str]) -> list[str]:
+    """Names of kernels separated by commas; none means all."""
+    names = parse_names(values)
+    if unknown := [name for name in names if name not in known]:
+        raise IntScaleError(
+            f"--kernels {', '.join(unknown)}: unknown; there are {', '.join(known)}"
+        )
+    return names or list(known)
+
+
+def parse_tokens(values: Iterable[str], default: Sequence[int]) -> list[int]:
+    """Numbers of tokens separated by commas, sorted; none means the default."""
+    names = parse_names(values)
+    if wrong := [name for name in names if not name.isdecimal() or int(name) < 1]:
+        raise IntScaleError(f"--tokens {', '.join(wrong)}: whole numbers from 1 are needed")
+    return sorted({int(name) for name in names} or set(default))
+
+
+def parse_names(values: Iterable[str]) -> list[str]:
+    names = (name.strip() for value in values for name in value.split(","))
+    return list(dict.fromkeys(name for name in names if name))
