@@ -211,26 +211,39 @@ def cutlass_fp8(w13: Tensor, w2: Tensor, topk: int) -> ExpertLayer:
 
 
 def cutlass_w4a8_fp8(w13: Tensor, w2: Tensor, topk: int) -> ExpertLayer:
-    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm import _custom_ops as ops
+    from vllm.model_executor.layers.fused_moe import config
     from vllm.model_executor.layers.fused_moe.experts.cutlass_moe import CutlassExpertsW4A8Fp8
-    from vllm.model_executor.layers.fused_moe.oracle import w4a8
+    from vllm.model_executor.layers.quantization.utils.quant_utils import convert_bf16_scales_to_fp8
     from vllm.scalar_type import scalar_types
 
-    def pack(weight: Tensor) -> Tensors:  # int32 [N, K / 8] and bf16 [N, K / 128]
-        packed, scale = int4_weight(weight, scalar_types.uint4b8)
-        return packed.t().contiguous(), scale.t().contiguous()
+    def pack(weight: Tensor) -> Tensors:  # [N, K / 8], fp8 [K / 128, N], float32 [N, 1]
+        packed, scale = int4_weight(weight, scalar_types.int4)
+        scale, channel = convert_bf16_scales_to_fp8(fp8_rows, scale.t().contiguous())
+        return packed.t().contiguous(), scale.t().contiguous(), channel
 
-    (first, scale1), (second, scale2) = (each_expert(w, pack) for w in (w13, w2))
-    with set_current_vllm_config(VllmConfig()):
-        converted = w4a8.convert_to_w4a8_moe_kernel_format(first, second, scale1, scale2)
-    first, second, scale1, scale2, channel1, channel2, strides1, strides2 = converted
-    quant_config = w4a8.make_w4a8_moe_quant_config(scale1, scale2, channel1, channel2)
+    def prepare(stack: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        packed, scale, channel = each_expert(stack, pack)
+        packed, strides = ops.cutlass_encode_and_reorder_int4b_grouped(packed)
+        return packed, ops.cutlass_pack_scale_fp8(scale), channel, strides
+
+    first, scale1, channel1, strides1 = prepare(w13)
+    second, scale2, channel2, strides2 = prepare(w2)
+    quant_config = config.int4_w4afp8_moe_quant_config(
+        w1_scale=scale1,
+        w2_scale=scale2,
+        g1_alphas=channel1,
+        g2_alphas=channel2,
+        per_act_token_quant=True,
+        per_out_ch_quant=True,
+    )
 
     def make(moe_config: Any) -> Any:
         return CutlassExpertsW4A8Fp8(moe_config, quant_config, strides1, strides2, GROUP)
 
     forward = _modular(w13, w2, topk, make, quant_config)
-    return ExpertLayer((*converted[:6],), partial(forward, first, second))
+    weight = (first, scale1, channel1, second, scale2, channel2)
+    return ExpertLayer(weight, partial(forward, first, second))
 
 
 # ---- humming ------------------------------------------------------------------------------------
@@ -240,10 +253,10 @@ def _humming(
     w13: Tensor, w2: Tensor, topk: int, activation: str | None, integer_scale: bool = False
 ) -> ExpertLayer:
     """As vLLM's `HummingIndexedExperts` calls it."""
+    from humming.config import GemmType
     from humming.layer import HummingLayer, HummingMethod
     from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
     from vllm.model_executor.layers.fused_moe.moe_fused_mul_sum import moe_fused_mul_sum
-    from vllm.utils.humming import GemmType
 
     experts, hidden, inner = w2.shape
     compute = {"use_batch_invariant": False, "use_f16_accum": False}
