@@ -71,7 +71,7 @@ def main() -> None:
         for stack in experts:
             tensors = [torch.stack(t).cuda() for t in zip(*stack, strict=True)]
             stacks.append(cuda_backend.prepare_stack(*tensors, family))
-        tiles = sm80_gemm.TILES if family == "sm80" else sm90_tiles.tiles(family, grouped=True)
+        tiles = sm80_gemm.TILES if family == "sm80" else sm90_tiles.grouped_tiles(family)
         for tile in tiles:
             cuda_backend.moe(x, *stacks, weights, ids, None, False, plans=[(tile, 1)] * 2)
     torch.cuda.synchronize()

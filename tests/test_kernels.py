@@ -59,7 +59,10 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3, device="cuda").isnan().all()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of processes side by side: they would wait for each other's
     yield
+    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
 
 
@@ -299,8 +302,8 @@ def grouped_variants(family: str, k: int, group_size: int) -> list[tuple[Any, in
         return [(tile, 1) for tile in TILES]
     return [
         (tile, splits)
-        for tile in sm90_tiles.tiles(family, grouped=True)
-        for splits in (1, 3)
+        for tile in sm90_tiles.grouped_tiles(family)
+        for splits in (1, 2)
         if splits in tile.splits(k, group_size, family)
     ]
 
@@ -378,10 +381,13 @@ def check_grouped_gemm(n: int, k: int, group_size: int, family: str) -> None:
                 assert_same_bits(y[row], wanted[dtype], case)
 
 
+# The references of larger stacks do not fit into a GPU beside those of other processes.
+STACKS = [(n, k) for n, k in itertools.product(CHANNELS, INPUTS) if n * k < 2**25]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("k", INPUTS)
-@pytest.mark.parametrize("n", CHANNELS)
+@pytest.mark.parametrize(("n", "k"), STACKS)
 def test_grouped_gemm_equals_reference(n: int, k: int, group_size: int, family: str) -> None:
     check_grouped_gemm(n, k, group_size, family)
 

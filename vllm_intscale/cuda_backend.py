@@ -140,7 +140,7 @@ def kernels(weight: tuple[Tensor, Tensor], dtype: torch.dtype) -> list[jit.Kerne
         needed.append(ROUTING)
     if _is_hopper_layout(qweight):
         form, group_size = _form_of(group_scale), sm90_gemm.group_size_of(qweight)
-        tiles = sm90_tiles.tiles(form, grouped=experts)
+        tiles = sm90_tiles.grouped_tiles(form) if experts else sm90_tiles.tiles(form)
         return needed + [t.kernel(group_size, form, code, grouped=experts) for t in tiles]
     group_size = sm80_gemm.group_size_of(qweight, group_scale)
     return needed + [tile.kernel(group_size, code, grouped=experts) for tile in sm80_gemm.TILES]
@@ -275,9 +275,8 @@ def _choose_grouped(
 
     experts: on all ranks together.
     """
-    local_experts, device = stacks[0][0].shape[0], stacks[0][0].device.index
     if not _is_hopper_layout(stacks[0][0]):
-        slots = -(-tokens * topk * local_experts // experts)
+        slots = -(-tokens * topk * stacks[0][0].shape[0] // experts)
         return [(sm80_gemm.choose_grouped(slots, stacks[0]), 1)] * len(stacks)
     shapes = tuple(
         sm90_tiles.Matrix(
@@ -288,8 +287,7 @@ def _choose_grouped(
         )
         for blocks, unit, scale in stacks
     )
-    multiprocessors, share = sm90_gemm.multiprocessors_of(device), min(1.0, topk / experts)
-    return sm90_tiles.choose_grouped(tokens, share, local_experts, shapes, multiprocessors)
+    return sm90_tiles.choose_grouped(tokens, topk / experts, shapes)
 
 
 def moe(

@@ -128,19 +128,18 @@ TILES = (
 )
 
 
-def tiles(form: str, grouped: bool = False) -> tuple[Tile, ...]:
-    """Those that a form can use: accumulating needs a second set of accumulators.
-
-    Experts, whose numbers of rows differ, do without those for one exact fit.
-    """
+def tiles(form: str) -> tuple[Tile, ...]:
+    """Those that a form can use: accumulating needs a second set of accumulators."""
     large = {(64, 2), (128, 3), (256, 1), (256, 2), (256, 3)}
-    fitted = {(128, 3), (256, 1), (256, 3)}
     return tuple(
-        t
-        for t in TILES
-        if (form == "fold" or ((t.m, t.warpgroups) not in large and t.slices == 1))
-        and not (grouped and ((t.m, t.warpgroups) in fitted or t.slices > 1))
+        t for t in TILES if form == "fold" or ((t.m, t.warpgroups) not in large and t.slices == 1)
     )
+
+
+def grouped_tiles(form: str) -> tuple[Tile, ...]:
+    """Those of experts, by growing m: each the best of as many tokens, or nearly."""
+    chosen = {"fold": (0, 4, 6, 10), "accumulate": (0, 3, 6)}
+    return tuple(TILES[i] for i in chosen[form])
 
 
 class Matrix(NamedTuple):
@@ -165,63 +164,51 @@ def choose(
     ]
 
     def cost(option: tuple[Tile, int]) -> float:
-        tiles_m = -(-m // option[0].m)
-        return _microseconds(*option, tiles_m, m, matrix, multiprocessors)
+        return _microseconds(*option, m, matrix, multiprocessors)
 
     return min(options, key=cost)
 
 
 @lru_cache(4096)
 def choose_grouped(
-    m: int,
-    share: float,
-    local_experts: int,
-    stacks: tuple[Matrix, ...],
-    multiprocessors: int,
+    m: int, share: float, stacks: tuple[Matrix, ...]
 ) -> tuple[tuple[Tile, int], ...]:
     """For each stack that M tokens pass one after the other: tile and blocks that share its k.
 
     share: of the tokens that an expert gets. All tiles have as many tokens, for the stacks share
-    one routing. Expects that tokens choose their experts evenly, and that each expert loses half a
-    tile at its end.
+    one routing. What counts is how many rows an expert has that has any: below a few the weights'
+    bytes are all there is, then tiles are to hold an expert's rows, which are unevenly many. Fitted
+    to what `bench.expert_tiles` measures.
     """
     reached = 1 - (1 - share) ** m  # how probable it is that any token chooses an expert
     rows = m * share / reached
+    smallest = 8 if rows <= 5 else 64 if rows <= 56 else 128 if rows <= 150 else 256
+    common = set.intersection(*({t.m for t in grouped_tiles(s.form)} for s in stacks))
+    tile_m = min(smallest, max(common))
 
-    def best(tile_m: int, stack: Matrix) -> tuple[float, tuple[Tile, int]]:
-        tiles_m = local_experts * reached * max(1.0, rows / tile_m + 0.5)
-        costs = [
-            (_microseconds(tile, splits, tiles_m, rows, stack, multiprocessors), (tile, splits))
-            for tile in tiles(stack.form, grouped=True)
-            if tile.m == tile_m
-            for splits in tile.splits(stack.k, stack.group_size, stack.form)
-            if splits != STREAMED
-        ]
-        return min(costs, key=lambda cost: cost[0])
+    def option(stack: Matrix) -> tuple[Tile, int]:
+        tile = next(t for t in grouped_tiles(stack.form) if t.m == tile_m)
+        long = stack.k >= 48 * BLOCK_K  # few such blocks make a wave that ends unevenly
+        return tile, 2 if tile_m == 8 and long else 1
 
-    common = set.intersection(*({t.m for t in tiles(s.form, grouped=True)} for s in stacks))
-    plans = [[best(tile_m, stack) for stack in stacks] for tile_m in sorted(common)]
-    plan = min(plans, key=lambda plan: sum(cost for cost, _ in plan))
-    return tuple(option for _, option in plan)
+    return tuple(option(stack) for stack in stacks)
 
 
-def _microseconds(
-    tile: Tile, splits: int, tiles_m: float, m: float, matrix: Matrix, multiprocessors: int
-) -> float:
-    """A model of the time for tiles_m tiles of tokens, each with up to `m` of them.
+def _microseconds(tile: Tile, splits: int, m: int, matrix: Matrix, multiprocessors: int) -> float:
+    """A model of the time that M tokens take, fitted to what `bench.tiles` measures.
 
-    Fitted to what `bench.tiles` measures. Waves of blocks, each as long as its blocks of k take.
-    Where tokens are few, memory is what blocks share, and what a started wave leaves idle costs
-    only half; clusters of more than two blocks leave some multiprocessors without a whole one;
-    streaming costs no waves, but the exchange of partial sums. Tiles that share tokens count for
-    what they save where the chip is at its limit of power.
+    Waves of blocks, each as long as its blocks of k take. Where tokens are few, memory is what
+    blocks share, and what a started wave leaves idle costs only half; clusters of more than two
+    blocks leave some multiprocessors without a whole one; streaming costs no waves, but the
+    exchange of partial sums. Tiles that share tokens count for what they save where the chip is at
+    its limit of power.
     """
-    _, k, group_size, form = matrix
+    n, k, group_size, form = matrix
     k_blocks = -(-k // BLOCK_K)
     shared_bytes = tile.shared_bytes(group_size, form, max(1, splits))
     resident = min(tile.blocks, MULTIPROCESSOR_BYTES // (shared_bytes + 1024))
     slots = multiprocessors * resident // tile.share
-    tiles = tiles_m * -(-matrix.n // tile.n)
+    tiles = -(-m // tile.m) * -(-n // tile.n)
     size = tile.m * tile.warpgroups / 512  # of the largest tile
     # A tile larger than the tokens need has fewer bytes of weights on their way.
     factor = 1.14 if tile.m >= 2 * max(m, 8) else 1.0

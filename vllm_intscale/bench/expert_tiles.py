@@ -21,6 +21,7 @@ from vllm_intscale.routing import Routing, group_rows
 
 GROUP = 128
 MAX_SPLITS = 4
+CANDIDATES = [t for t in sm90_tiles.TILES if t.slices == 1 and not t.few_registers]
 Stack = tuple[Tensor, Tensor, Tensor]
 
 
@@ -61,14 +62,13 @@ def time_layer(timer: Timer, name: str, size: Size) -> list[dict[str, int | floa
         sm90_tiles.Matrix(stack[2].shape[1], k, GROUP, "fold")
         for stack, k in zip(stacks.values(), (hidden, inner), strict=True)
     )
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     empty = torch.empty(0, device="cuda")
     rows: list[dict[str, int | float | str]] = []
     for m in TOKENS:
         problem = Experts(size, empty, empty, empty, 1.0)
         routed = problem.routings(m, "random")
         times: dict[str, dict[tuple[int, int], float]] = {which: {} for which in stacks}
-        for tile_m in sorted({tile.m for tile in sm90_tiles.tiles("fold", grouped=True)}):
+        for tile_m in sorted({tile.m for tile in CANDIDATES}):
             if tile_m > 8 * max(8, m * topk // experts):
                 continue
             routings = [group_rows(ids, None, experts, tile_m) for _, ids in routed]
@@ -79,7 +79,7 @@ def time_layer(timer: Timer, name: str, size: Size) -> list[dict[str, int | floa
                     for routing in routings
                 ]
                 for number, tile in enumerate(sm90_tiles.TILES):
-                    if tile.m != tile_m or tile not in sm90_tiles.tiles("fold", grouped=True):
+                    if tile.m != tile_m or tile not in CANDIDATES:
                         continue
                     for splits in tile.splits(k, GROUP, "fold"):
                         if not 0 < splits <= MAX_SPLITS or (splits > 1 and m > 64):
@@ -91,7 +91,7 @@ def time_layer(timer: Timer, name: str, size: Size) -> list[dict[str, int | floa
                         times[which][number, splits] = us
                         rows.append({"layer": name, "M": m, "gemm": which, "tile": number})
                         rows[-1] |= {"splits": splits, "us": us}
-        plan = sm90_tiles.choose_grouped(m, topk / experts, experts, matrices, multiprocessors)
+        plan = sm90_tiles.choose_grouped(m, topk / experts, matrices)
         _print_place(name, m, times, [(sm90_tiles.TILES.index(t), s) for t, s in plan])
     return rows
 
