@@ -19,6 +19,7 @@ from vllm_intscale.format import LayerScheme
 from vllm_intscale.quantize.rtn import (
     QuantizedRows,
     channel_scale,
+    clipped,
     float_scales,
     integer_scale,
     least_error,
@@ -80,7 +81,7 @@ def quantize_rows(
     scale = float_scales(where, groups, scheme.bits)
     channel = channel_scale(where, scale, scheme, amplifier)
     energy = factor.energy.view(-1, scheme.group_size)
-    scale = least_error(groups, scale, channel, scheme.bits, energy)
+    scale, _ = least_error(groups, clipped(scale), channel, scheme.bits, energy)
 
     def round_rows(rows: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
         group_scale = integer_scale(scale[rows], channel)

@@ -15,7 +15,7 @@ two codes, and float32 would decide by noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -67,7 +67,7 @@ def quantize_rows(
     scale = float_scales(where, groups, scheme.bits)
     channel = channel_scale(where, scale, scheme, amplifier)
     if search:
-        scale = least_error(groups, scale, channel, scheme.bits)
+        scale, _ = least_error(groups, clipped(scale), channel, scheme.bits)
 
     def round_rows(rows: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
         return _round(groups[rows], scale[rows], channel, scheme.bits)
@@ -86,7 +86,8 @@ def convert_rows(
 
     codes: int8 `[n, K]`, zero points subtracted. scale: float64 `[n, K / g]`, of either sign.
     Groups whose codes fit int4 keep them; the others are rounded again, with the scale that leaves
-    the least squared error.
+    the least squared error. That is mostly the one they had, or its negative, which has room for
+    codes of -7 to 8: then only codes beyond are changed.
 
     Raises IntScaleError as `quantize_rows`, if a scale is NaN or infinite too.
     """
@@ -109,15 +110,19 @@ def convert_rows(
         scale = torch.where(kept, scale, weight.abs().amax(-1) / (limit - 1))
     channel = channel_scale(where, scale, scheme, amplifier)
     if weight is not None:
-        again = least_error(weight, scale, channel, scheme.bits)
-        scale = torch.where(kept, scale, again)
-        negative &= kept
+        again, error = least_error(weight, [*clipped(scale), given], channel, scheme.bits)
+        _, mirrored_error = least_error(-weight, [given], channel, scheme.bits)
+        mirrored = ~kept & (mirrored_error < error)
+        scale = torch.where(kept, scale, torch.where(mirrored, given, again))
+        negative = torch.where(kept, negative, mirrored)
+        mirrored_weight = torch.where(mirrored[..., None], -weight, weight)
 
     def round_rows(rows: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
         new, group_scale = groups[rows], integer_scale(scale[rows], channel)
         if weight is not None:
             step = step_of(group_scale, channel)
-            new = torch.where(kept[rows][..., None], new, _codes(weight[rows], step, scheme.bits))
+            codes = _codes(mirrored_weight[rows], step, scheme.bits)
+            new = torch.where(kept[rows][..., None], new, codes)
         group_scale = torch.where(negative[rows], -group_scale, group_scale)
         return new.to(torch.int8).flatten(-2), group_scale.to(torch.int16)
 
@@ -225,25 +230,30 @@ def float_scales(where: str, groups: Tensor, bits: int) -> Tensor:
     return amax.double() / ((1 << (bits - 1)) - 1)
 
 
+def clipped(scale: Tensor) -> list[Tensor]:
+    """Scales to choose from."""
+    return [scale * clip for clip in CLIPS]
+
+
 def least_error(
     groups: Tensor,
-    scale: Tensor,
+    scales: Sequence[Tensor],
     channel: Tensor,
     bits: int,
     energy: Tensor | float = 1.0,
-) -> Tensor:
-    """Of the scales `scale` * CLIPS, in each group the one with the least squared error.
+) -> tuple[Tensor, Tensor]:
+    """Of these scales, in each group the one with the least squared error, and that error.
 
-    groups `[n, G, g]`, scale float64 `[n, G]`; energy `[G, g]`: what the error of a weight counts.
+    groups `[n, G, g]`, scales float64 `[n, G]`; energy `[G, g]`: what the error of a weight counts.
     """
-    best, least = scale, torch.full_like(scale, torch.inf)
-    for clip in CLIPS:
-        codes, group_scale = _round(groups, scale * clip, channel, bits)
+    best, least = scales[0], torch.full_like(scales[0], torch.inf)
+    for scale in scales:
+        codes, group_scale = _round(groups, scale, channel, bits)
         step = group_scale.double() * channel.double()[:, None]
         error = (groups - codes.view_as(groups) * step[..., None]).square_().mul_(energy).sum(-1)
-        best = torch.where(error < least, scale * clip, best)
+        best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
-    return best
+    return best, least
 
 
 def _round(groups: Tensor, scale: Tensor, channel: Tensor, bits: int) -> tuple[Tensor, Tensor]:
