@@ -9,10 +9,11 @@
 // of 8, rows are 16-byte aligned; row strides are in elements. Launch: <<<rows, threads>>>, whole
 // warps, up to kMaxThreads; silu_mul_quantize needs 2 * k bytes of dynamic shared memory.
 // slot_row int [tokens * topk]: moe_routing.cu. Slots at -1 have no row; a block of
-// silu_mul_quantize is a slot, and the first one clears the flags.
-// Those that a grouped GEMM follows let it start only after the kernel before them has ended: so it
-// may at once read what moe_routing.cu wrote.
+// silu_mul_quantize is a slot, and the first one clears the flags. On Hopper a slot can be a
+// cluster of blocks there: each does a part of the row, and they exchange its maximum. Launches
+// overlap (moe_routing.cu): quantize_slots reads x before the kernel in front of it ends.
 #include "common.cuh"
+#include "hopper.cuh"
 
 constexpr int kMaxThreads = 1024;  // as launched: 16 columns a thread, or 256
 constexpr int kVector = 8;
@@ -29,6 +30,28 @@ __device__ __forceinline__ uint32_t block_max(uint32_t value) {
   return __reduce_max_sync(0xffffffff, value);
 }
 
+// Blocks that share a row: those of a cluster, which there are from Hopper on.
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ int blocks_of_row() { return cluster_size(); }
+__device__ __forceinline__ int block_of_row() { return cluster_rank(); }
+// Maximum over the cluster of what each block's threads have alike.
+__device__ __forceinline__ uint32_t cluster_max(uint32_t value) {
+  if (blocks_of_row() == 1) return value;
+  __shared__ uint32_t of_blocks[8];  // the most that a portable cluster has
+  if (threadIdx.x < blocks_of_row()) {
+    store_remote(shared_address(of_blocks + block_of_row()), threadIdx.x, value);
+  }
+  cluster_arrive_release();
+  cluster_wait();
+  for (int i = 0; i < blocks_of_row(); ++i) value = max(value, of_blocks[i]);
+  return value;
+}
+#else
+__device__ __forceinline__ int blocks_of_row() { return 1; }
+__device__ __forceinline__ int block_of_row() { return 0; }
+__device__ __forceinline__ uint32_t cluster_max(uint32_t value) { return value; }
+#endif
+
 // The largest magnitude of 16-bit floats. They compare as their bit patterns, where Inf is above
 // every finite number and NaN above Inf; fmaxf would lose a NaN.
 struct Largest {
@@ -43,6 +66,9 @@ struct Largest {
   }
   __device__ __forceinline__ float of_block() const {
     return to_float<DTYPE>(uint16_t(block_max(max(upper >> 16, lower >> 17))));
+  }
+  __device__ __forceinline__ float of_cluster() const {
+    return to_float<DTYPE>(uint16_t(cluster_max(block_max(max(upper >> 16, lower >> 17)))));
   }
 };
 
@@ -59,11 +85,8 @@ __device__ __forceinline__ TokenScale token_scale_of(float amax) {
   return {div_rn(amax, 127.0f), div_rn(127.0f, amax)};
 }
 
-// The integer nearest to x, ties to even, in the lowest byte: after adding 1.5 * 2**23 the unit in
-// the last place is 1. |x| is at most 127 here.
-__device__ __forceinline__ uint32_t code_of(float x) {
-  return __float_as_uint(add_rn(x, 12582912.0f));
-}
+// The integer nearest to x, ties to even, in the lowest byte.
+__device__ __forceinline__ uint32_t code_of(float x) { return __float_as_uint(add_rn(x, kRound)); }
 
 // Codes of columns k .. k + 7 of a row.
 __device__ __forceinline__ void store_codes(int8_t* a8, int64_t row, int64_t rows_padded, int k,
@@ -91,86 +114,102 @@ __device__ __forceinline__ void clear_flags(int8_t* a8, int64_t rows_padded, int
   for (int i = threadIdx.x; i < kFlagBytes / 16; i += blockDim.x) flags[i] = {0, 0, 0, 0};
 }
 
-// Quantizes row blockIdx.x of x into the same row of a8; or, of slots, into those of its slots.
-template <bool kSlots>
-__device__ __forceinline__ void quantize_row(const uint16_t* x, const int* slot_row, int8_t* a8,
-                                             float* token_scale, int64_t k, int64_t row_stride,
-                                             int64_t rows_padded, int topk) {
-  clear_flags(a8, rows_padded, k);
-  const uint4* in = reinterpret_cast<const uint4*>(x + blockIdx.x * row_stride);
-  const int vectors = int(k / kVector), rest = threadIdx.x + kHeld * blockDim.x;
+// Row blockIdx.x of x, as much of it as registers hold, and its scale.
+struct Row {
+  const uint4* in;
+  int vectors;
   uint4 held[kHeld];
-#pragma unroll
-  for (int j = 0; j < kHeld; ++j) {
-    const int i = threadIdx.x + j * blockDim.x;
-    held[j] = i < vectors ? in[i] : make_uint4(0, 0, 0, 0);
-  }
-  Largest largest;
-#pragma unroll
-  for (int j = 0; j < kHeld; ++j) largest.add(held[j]);
-  for (int i = rest; i < vectors; i += blockDim.x) largest.add(in[i]);
-  const TokenScale s = token_scale_of(largest.of_block());
-  for (int slot = 0; slot < (kSlots ? topk : 1); ++slot) {
-    const int64_t row = kSlots ? slot_row[blockIdx.x * int64_t(topk) + slot] : int(blockIdx.x);
-    if (kSlots && row < 0) continue;
+  TokenScale scale;
+
+  __device__ __forceinline__ Row(const uint16_t* x, int64_t k, int64_t row_stride)
+      : in(reinterpret_cast<const uint4*>(x + blockIdx.x * row_stride)), vectors(int(k / kVector)) {
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
       const int i = threadIdx.x + j * blockDim.x;
-      if (i < vectors) store_codes(a8, row, rows_padded, i * kVector, held[j], s.inverse);
+      held[j] = i < vectors ? in[i] : make_uint4(0, 0, 0, 0);
     }
-    for (int i = rest; i < vectors; i += blockDim.x) {
-      store_codes(a8, row, rows_padded, i * kVector, in[i], s.inverse);
-    }
-    clear_padding(a8, row, rows_padded, int(k));
-    if (threadIdx.x == 0) token_scale[row] = s.scale;
+    Largest largest;
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) largest.add(held[j]);
+    for (int i = first_not_held(); i < vectors; i += blockDim.x) largest.add(in[i]);
+    scale = token_scale_of(largest.of_block());
   }
-}
+  __device__ __forceinline__ int first_not_held() const { return threadIdx.x + kHeld * blockDim.x; }
+  __device__ __forceinline__ void store(int8_t* a8, float* token_scale, int64_t row,
+                                        int64_t rows_padded) const {
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      const int i = threadIdx.x + j * blockDim.x;
+      if (i < vectors) store_codes(a8, row, rows_padded, i * kVector, held[j], scale.inverse);
+    }
+    for (int i = first_not_held(); i < vectors; i += blockDim.x) {
+      store_codes(a8, row, rows_padded, i * kVector, in[i], scale.inverse);
+    }
+    clear_padding(a8, row, rows_padded, vectors * kVector);
+    if (threadIdx.x == 0) token_scale[row] = scale.scale;
+  }
+};
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads)
     quantize_activation(const uint16_t* x, int8_t* a8, float* token_scale, int64_t k,
                         int64_t row_stride, int64_t rows_padded) {
   let_next_kernel_start();
   wait_for_previous_kernel();
-  quantize_row<false>(x, nullptr, a8, token_scale, k, row_stride, rows_padded, 1);
+  clear_flags(a8, rows_padded, k);
+  Row(x, k, row_stride).store(a8, token_scale, blockIdx.x, rows_padded);
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads)
     quantize_slots(const uint16_t* x, const int* slot_row, int8_t* a8, float* token_scale,
                    int64_t k, int64_t row_stride, int64_t rows_padded, int topk) {
+  const Row token(x, k, row_stride);
   wait_for_previous_kernel();
   let_next_kernel_start();
-  quantize_row<true>(x, slot_row, a8, token_scale, k, row_stride, rows_padded, topk);
+  clear_flags(a8, rows_padded, k);
+  for (int slot = 0; slot < topk; ++slot) {
+    const int row = slot_row[blockIdx.x * int64_t(topk) + slot];
+    if (row >= 0) token.store(a8, token_scale, row, rows_padded);
+  }
+}
+
+// silu(gate) * up of eight columns, rounded once.
+__device__ __forceinline__ uint4 silu_mul(uint4 gates, uint4 ups) {
+  float gate[kVector], up[kVector];
+  unpack8<DTYPE>(gates, gate);
+  unpack8<DTYPE>(ups, up);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    const float exp = exp2_reference(mul_rn(gate[j], -1.4426950408889634f));
+    gate[j] = mul_rn(div_rn(gate[j], add_rn(1.0f, exp)), up[j]);
+  }
+  return {from_floats<DTYPE>(gate[0], gate[1]), from_floats<DTYPE>(gate[2], gate[3]),
+          from_floats<DTYPE>(gate[4], gate[5]), from_floats<DTYPE>(gate[6], gate[7])};
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads)
     silu_mul_quantize(const uint16_t* gate_up, const int* slot_row, int8_t* a8, float* token_scale,
                       int64_t k, int64_t rows_padded) {
-  extern __shared__ uint4 hidden[];  // the row of silu(gate) * up, rounded
-  wait_for_previous_kernel();
+  extern __shared__ uint4 hidden[];  // this block's part of silu(gate) * up, rounded
   let_next_kernel_start();
+  wait_for_previous_kernel();
   clear_flags(a8, rows_padded, k);
-  const int64_t row = slot_row[blockIdx.x];
+  const int64_t row = slot_row[blockIdx.x / blocks_of_row()];
   if (row < 0) return;
+  const int vectors = int(k / kVector), begin = vectors * block_of_row() / blocks_of_row();
+  const int end = vectors * (block_of_row() + 1) / blocks_of_row();
   const uint4* gates = reinterpret_cast<const uint4*>(gate_up + row * 2 * k);
   const uint4* ups = reinterpret_cast<const uint4*>(gate_up + row * 2 * k + k);
   Largest largest;
-  for (int64_t i = threadIdx.x; i < k / kVector; i += blockDim.x) {
-    float gate[kVector], up[kVector];
-    unpack8<DTYPE>(gates[i], gate);
-    unpack8<DTYPE>(ups[i], up);
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      const float silu = div_rn(gate[j], add_rn(1.0f, exp_reference(sub_rn(0.0f, gate[j]))));
-      gate[j] = mul_rn(silu, up[j]);
-    }
-    hidden[i] = {from_floats<DTYPE>(gate[0], gate[1]), from_floats<DTYPE>(gate[2], gate[3]),
-                 from_floats<DTYPE>(gate[4], gate[5]), from_floats<DTYPE>(gate[6], gate[7])};
-    largest.add(hidden[i]);
+  for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    const uint4 v = silu_mul(gates[i], ups[i]);
+    hidden[i - begin] = v;
+    largest.add(v);
   }
-  const TokenScale s = token_scale_of(largest.of_block());
-  for (int64_t i = threadIdx.x; i < k / kVector; i += blockDim.x) {  // its own: no barrier
-    store_codes(a8, row, rows_padded, int(i) * kVector, hidden[i], s.inverse);
+  const TokenScale s = token_scale_of(largest.of_cluster());
+  for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {  // its own: no barrier
+    store_codes(a8, row, rows_padded, i * kVector, hidden[i - begin], s.inverse);
   }
+  if (end < vectors) return;
   clear_padding(a8, row, rows_padded, int(k));
   if (threadIdx.x == 0) token_scale[row] = s.scale;
 }

@@ -64,9 +64,11 @@ __device__ __forceinline__ float div_rn(float a, float b) {
   asm("div.rn.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
   return d;
 }
-__device__ __forceinline__ int round_to_int(float a) {  // to nearest even
-  int d;
-  asm("cvt.rni.s32.f32 %0, %1;" : "=r"(d) : "f"(a));
+// x within -limit..limit; a NaN becomes one of them.
+__device__ __forceinline__ float clamp(float x, float limit) {
+  float d;
+  asm("min.f32 %0, %1, %2;" : "=f"(d) : "f"(x), "f"(limit));
+  asm("max.f32 %0, %1, %2;" : "=f"(d) : "f"(d), "f"(-limit));
   return d;
 }
 __device__ __forceinline__ float int_to_float(int a) {
@@ -75,23 +77,20 @@ __device__ __forceinline__ float int_to_float(int a) {
   return d;
 }
 
-// reference.exp: e**x for x clamped to -87..88. A NaN passes through the comparisons unchanged.
-__device__ __forceinline__ float exp_reference(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  int n = round_to_int(mul_rn(x, 1.4426950408889634f));
-  float nf = int_to_float(n);
-  float r = sub_rn(x, mul_rn(nf, 0.693145751953125f));
-  r = sub_rn(r, mul_rn(nf, 1.42860677e-6f));
-  float p = (float)(1.0 / 5040);
-  p = add_rn(mul_rn(p, r), (float)(1.0 / 720));
-  p = add_rn(mul_rn(p, r), (float)(1.0 / 120));
-  p = add_rn(mul_rn(p, r), (float)(1.0 / 24));
-  p = add_rn(mul_rn(p, r), (float)(1.0 / 6));
-  p = add_rn(mul_rn(p, r), 0.5f);
+// After adding 1.5 * 2**23 the unit in the last place is 1: the integer nearest to x, ties to even,
+// is in the lowest bits of the sum. For |x| below 2**22.
+constexpr float kRound = 12582912.0f;
+
+// reference.exp2 of a number, not of a NaN.
+__device__ __forceinline__ float exp2_reference(float x) {
+  x = clamp(x, 126.0f);
+  const float n = add_rn(x, kRound), r = sub_rn(x, sub_rn(n, kRound));
+  float p = 0.009582855f;
+  p = add_rn(mul_rn(p, r), 0.05590643f);
+  p = add_rn(mul_rn(p, r), 0.240241f);
+  p = add_rn(mul_rn(p, r), 0.6931242f);
   p = add_rn(mul_rn(p, r), 1.0f);
-  p = add_rn(mul_rn(p, r), 1.0f);
-  return mul_rn(p, __int_as_float((n + 127) << 23));
+  return __int_as_float(__float_as_int(p) + (__float_as_int(n) << 23));
 }
 
 // ---- 16-bit floats -----------------------------------------------------------------------------

@@ -59,6 +59,14 @@ __device__ __forceinline__ void cluster_arrive_release() {
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
+// To the same offset in another block of the cluster.
+__device__ __forceinline__ void store_remote(uint32_t shared, uint32_t rank, uint32_t value) {
+  asm volatile(
+      "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
+      " st.shared::cluster.u32 [remote], %2;\n}" ::"r"(shared),
+      "r"(rank), "r"(value)
+      : "memory");
+}
 // 16 bytes to the same offset in another block of the cluster; its barrier counts their arrival.
 __device__ __forceinline__ void store_remote(uint32_t shared, uint32_t barrier, uint32_t rank,
                                              const int (&v)[4]) {
@@ -203,14 +211,18 @@ __device__ __forceinline__ void wgmma_s8(int (&d)[N / 2], const uint32_t* a, uin
 #define P16_0 P8_0 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define P32_0 \
   P16_0 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define P64_0                                                                             \
-  P32_0                                                                                   \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48" \
-  ", %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define P96_0                                                                             \
-  P64_0                                                                                   \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80" \
-  ", %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define P48_0 \
+  P32_0       \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define P64_0 \
+  P48_0       \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define P80_0 \
+  P64_0       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define P96_0 \
+  P80_0       \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define P128_0                                                                                 \
   P96_0                                                                                        \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110"     \
@@ -231,5 +243,8 @@ DEFINE_WGMMA(8, P4_0, D4(0), "%4, %5, %6, %7", "8", "9")
 DEFINE_WGMMA(16, P8_0, D8(0), "%8, %9, %10, %11", "12", "13")
 DEFINE_WGMMA(32, P16_0, D16(0), "%16, %17, %18, %19", "20", "21")
 DEFINE_WGMMA(64, P32_0, D32(0), "%32, %33, %34, %35", "36", "37")
+DEFINE_WGMMA(96, P48_0, D32(0) COMMA D16(32), "%48, %49, %50, %51", "52", "53")
 DEFINE_WGMMA(128, P64_0, D64(0), "%64, %65, %66, %67", "68", "69")
+DEFINE_WGMMA(160, P80_0, D64(0) COMMA D16(64), "%80, %81, %82, %83", "84", "85")
+DEFINE_WGMMA(192, P96_0, D64(0) COMMA D32(64), "%96, %97, %98, %99", "100", "101")
 DEFINE_WGMMA(256, P128_0, D64(0) COMMA D64(64), "%128, %129, %130, %131", "132", "133")

@@ -11,6 +11,10 @@
 //   tiles       int4 [...]    expert, first row, rows, and its group: 256 * first tile + tiles
 //   tile_count  int           how many tiles are in use
 //
+// What follows may overlap (activation.cu, sm90_w4a8_gemm.cu): everything before this kernel has
+// ended once the next one starts, and this kernel has ended once the one after the next starts. So
+// the quantizer reads its input early, and a GEMM reads tiles and weights early.
+//
 // A group is up to kGroupTiles tiles of one expert, which a GEMM multiplies by the same weights one
 // right after the other. Which slot of an expert has which row is arbitrary: rows of a GEMM do not
 // touch each other. expert_map (global id -> local or -1) may be nullptr. Dynamic shared memory:
@@ -34,16 +38,25 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                int* tile_count, int slots, int experts, int tile_m) {
   extern __shared__ int shared[];
   int* count = shared;                     // rows of each expert
-  int* next_row = shared + experts;        // where its next row goes
+  int* first_row = shared + experts;       // of its rows
   int* first_tile = shared + 2 * experts;  // of its own
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto expert_of = [&](int slot) {
+    const int expert = topk_ids[slot];
+    return expert >= 0 && expert_map != nullptr ? expert_map[expert] : expert;
+  };
+  const auto take_place = [&](int expert) {
+    return expert < 0 ? -1 : atomicAdd(count + expert, 1);
+  };
   for (int e = threadIdx.x; e < experts; e += kThreads) count[e] = 0;
   __syncthreads();
-  for (int slot = threadIdx.x; slot < slots; slot += kThreads) {
-    int expert = topk_ids[slot];
-    if (expert >= 0 && expert_map != nullptr) expert = expert_map[expert];
-    slot_row[slot] = expert;  // until the rows are known
-    if (expert >= 0) atomicAdd(&count[expert], 1);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  // A thread's first slot stays in registers; of the others slot_row keeps the place meanwhile.
+  const int own_slot = threadIdx.x, own_expert = own_slot < slots ? expert_of(own_slot) : -1;
+  const int own_place = take_place(own_expert);
+  for (int slot = own_slot + kThreads; slot < slots; slot += kThreads) {
+    slot_row[slot] = take_place(expert_of(slot));
   }
   __syncthreads();
   if (warp == 0) {
@@ -53,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       const int own_rows = (own + 7) / 8 * 8, own_tiles = (own + tile_m - 1) / tile_m;
       const int rows_to = sum_up_to_lane(own_rows), tiles_to = sum_up_to_lane(own_tiles);
       if (e < experts) {
-        next_row[e] = rows + rows_to - own_rows;
+        first_row[e] = rows + rows_to - own_rows;
         first_tile[e] = tiles_used + tiles_to - own_tiles;
       }
       rows += __shfl_sync(0xffffffff, rows_to, 31);
@@ -67,13 +80,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     for (int i = lane; i < own_tiles; i += 32) {
       const int group = i / kGroupTiles * kGroupTiles,
                 of_group = min(kGroupTiles, own_tiles - group);
-      tiles[first + i] = make_int4(e, next_row[e] + i * tile_m, min(tile_m, count[e] - i * tile_m),
-                                   256 * (first + group) + of_group);
+      const int rows = min(tile_m, count[e] - i * tile_m);
+      tiles[first + i] =
+          make_int4(e, first_row[e] + i * tile_m, rows, 256 * (first + group) + of_group);
     }
   }
-  __syncthreads();
-  for (int slot = threadIdx.x; slot < slots; slot += kThreads) {
-    const int expert = slot_row[slot];
-    if (expert >= 0) slot_row[slot] = atomicAdd(&next_row[expert], 1);
+  if (own_slot < slots)
+    slot_row[own_slot] = own_expert < 0 ? -1 : first_row[own_expert] + own_place;
+  for (int slot = own_slot + kThreads; slot < slots; slot += kThreads) {
+    if (slot_row[slot] >= 0) slot_row[slot] += first_row[expert_of(slot)];
   }
 }

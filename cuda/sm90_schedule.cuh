@@ -40,10 +40,10 @@ constexpr int kLeft = -1;
 // Tiles of the same channels follow each other, but only over as many tokens as the L2 cache keeps
 // until the next channels are multiplied.
 __device__ __forceinline__ Tile tile_at(const Problem& p, int index) {
-#if GROUPED  // the same for the tiles of a group
-  const int along_n = tiles_along_n(p), group = p.tiles[index / along_n].w;
+#if GROUPED  // the same for the tiles of a group; from L2, see moe_routing.cu
+  const int along_n = tiles_along_n(p), group = __ldcg(p.tiles + index / along_n).w;
   const int first = group >> 8, count = group & 255, at = index - first * along_n;
-  const int4 tile = p.tiles[first + at % count];
+  const int4 tile = __ldcg(p.tiles + first + at % count);
   const int n0 = at / count * kClusterN + blockIdx.x % SHARE * 64 * kChannelBlocks;
   return {n0, tile.y, tile.y + tile.z, tile.x};
 #else
@@ -63,7 +63,7 @@ struct Schedule {
 
   __device__ __forceinline__ explicit Schedule(const Problem& p)
       : p(p),
-        whole_tiles(GROUPED ? *p.tile_count * tiles_along_n(p) : p.whole_tiles),
+        whole_tiles(GROUPED ? __ldcg(p.tile_count) * tiles_along_n(p) : p.whole_tiles),
         next(cluster()) {}
 
   __device__ __forceinline__ int cluster() const { return blockIdx.x / cluster_size(); }

@@ -114,11 +114,14 @@ def test_linear_is_close_to_the_float_product() -> None:
     assert (y - exact).norm() / exact.norm() < 0.02
 
 
-def test_exp_is_within_one_ulp() -> None:
-    x = torch.linspace(-87, 88, 1_000_001)
-    exact = x.double().exp()
-    assert ((reference.exp(x).double() - exact).abs() / exact).max() < 2**-23
-    assert reference.exp(torch.tensor(torch.nan)).isnan()
+def test_exp2_is_as_exact_as_its_polynomial() -> None:
+    x = torch.linspace(-126, 126, 1_000_001)
+    exact = x.double().exp2()
+    assert ((reference.exp2(x).double() - exact).abs() / exact).max() < 3e-6
+    whole = torch.arange(-126.0, 127.0)
+    assert torch.equal(reference.exp2(whole), whole.exp2())
+    beyond = torch.tensor([-torch.inf, -127.0, 127.0, torch.inf])
+    assert torch.equal(reference.exp2(beyond), torch.tensor([-126.0, -126.0, 126.0, 126.0]).exp2())
 
 
 def test_silu_mul_is_close_to_torch() -> None:
@@ -126,7 +129,8 @@ def test_silu_mul_is_close_to_torch() -> None:
     gate, up = gate_up.double().chunk(2, dim=1)
     exact = torch.nn.functional.silu(gate) * up
     error = (reference.silu_mul(gate_up).double() - exact).abs()
-    assert (error <= exact.abs() * 2**-21).all()
+    assert (error <= exact.abs() * 2**-17).all()
+    assert reference.silu_mul(torch.tensor([[torch.nan, 1.0]])).isnan().all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

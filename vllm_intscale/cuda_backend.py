@@ -26,6 +26,7 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.int32: 2}  # DTYPE in commo
 ROW_THREADS = 256
 MAX_ROW_THREADS = 1024  # kMaxThreads of activation.cu
 HELD_COLUMNS = 16  # of a thread of quantize_activation, kHeld * kVector of activation.cu
+MAX_ROW_BLOCKS = 8  # of a portable cluster
 MAX_ROW_BYTES = 96 * 1024  # shared memory for one row of silu_mul_quantize
 
 
@@ -165,13 +166,17 @@ def _row_threads(k: int) -> int:
     return min(MAX_ROW_THREADS, -(-k // (32 * HELD_COLUMNS)) * 32)
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """With rows that can be read 16 bytes at a time."""
+    return x.contiguous() if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16 else x
+
+
 def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.quantize_activation`; x `[M, K]` bf16 or fp16, K a multiple of 8.
 
     a8 is int8 `[ceil(K / 128), M rounded up to 8, 128]`, in the layout that `common.cuh` describes.
     """
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = x.contiguous()
+    x = _aligned(x)
     m, k = x.shape
     a8 = new_activation(x, m, k)
     token_scale = x.new_empty(m, dtype=torch.float32)
@@ -183,9 +188,10 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_slots(x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """`quantize_activation` of each token into the rows of its slots."""
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = x.contiguous()
+    """`quantize_activation` of each token into the rows of its slots; x as `_aligned` gives it.
+
+    What wrote x must have been launched before `group_rows`: this kernel reads it early.
+    """
     (m, k), topk = x.shape, routing.slot_row.shape[1]
     a8 = new_activation(x, routing.rows, k)
     token_scale = x.new_empty(routing.rows, dtype=torch.float32)
@@ -195,8 +201,21 @@ def quantize_slots(x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     return a8, token_scale
 
 
-def silu_mul_quantize(gate_up: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """`reference.silu_mul` and `quantize_activation` of the slots' rows `[rows, 2 K]`, fused."""
+def _blocks_of_row(slots: int, k: int) -> int:
+    """Into how many blocks silu_mul_quantize splits a row: few rows would leave the GPU idle."""
+    blocks = 1
+    while blocks < MAX_ROW_BLOCKS and slots * blocks < 256 and k > blocks * ROW_THREADS * 8:
+        blocks *= 2
+    return blocks
+
+
+def silu_mul_quantize(
+    gate_up: Tensor, routing: Routing, blocks: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`reference.silu_mul` and `quantize_activation` of the slots' rows `[rows, 2 K]`, fused.
+
+    blocks: that share a row, a cluster; more than one on Hopper only.
+    """
     rows, k = gate_up.shape[0], gate_up.shape[1] // 2
     if 2 * k > MAX_ROW_BYTES:
         raise IntScaleError(
@@ -206,10 +225,12 @@ def silu_mul_quantize(gate_up: Tensor, routing: Routing) -> tuple[Tensor, Tensor
     a8 = new_activation(gate_up, rows, k)
     token_scale = gate_up.new_empty(rows, dtype=torch.float32)
     kernel, slots = _row_kernel("silu_mul_quantize", gate_up.dtype), routing.slot_row
+    if blocks is None:
+        hopper = torch.cuda.get_device_capability(a8.device)[0] == 9
+        blocks = _blocks_of_row(slots.numel(), k) if hopper else 1
     args = (gate_up, slots, a8, token_scale, k, a8.shape[1])
-    jit.launch(
-        kernel, a8.device, (slots.numel(),), ROW_THREADS, args, shared_bytes=2 * k, overlap=True
-    )
+    grid, shared_bytes = (slots.numel() * blocks,), 16 * -(-k // (8 * blocks))
+    jit.launch(kernel, a8.device, grid, ROW_THREADS, args, shared_bytes, blocks, overlap=True)
     return a8, token_scale
 
 
@@ -307,6 +328,7 @@ def moe(
     if router_weight_on_input:
         x = x * topk_weights.to(x.dtype)
         topk_weights = torch.ones_like(topk_weights)
+    x = _aligned(x)
     local_experts, (tokens, topk) = w13[0].shape[0], topk_ids.shape
     experts = local_experts if expert_map is None else expert_map.numel()
     first, second = plans or _choose_grouped(tokens, topk, experts, (w13, w2))

@@ -40,5 +40,5 @@ def group_rows(topk_ids: Tensor, expert_map: Tensor | None, experts: int, tile_m
     ids = topk_ids.to(torch.int32).contiguous()
     expert_map = None if expert_map is None else expert_map.to(torch.int32)
     args = (ids, expert_map, slot_row, tiles, tile_count, slots, experts, tile_m)
-    jit.launch(KERNEL, topk_ids.device, (1,), 1024, args, shared_bytes=12 * experts)
+    jit.launch(KERNEL, topk_ids.device, (1,), 1024, args, 12 * experts, overlap=True)
     return Routing(slot_row, tiles, tile_count, rows)

@@ -13,6 +13,7 @@ BLOCK_K = 128
 SHARED_BYTES = 227 * 1024  # of a block, at most
 MULTIPROCESSOR_BYTES = 228 * 1024  # of its blocks and 1 KB for each
 MAX_SPLITS = 8  # blocks of a portable cluster
+WEIGHT_US = 0.3  # in which memory brings a multiprocessor of an H100 128 x 128 weights, about
 STREAMED = 0  # instead of a number of splits: see cuda/sm90_schedule.cuh
 
 
@@ -126,6 +127,12 @@ TILES = (
     Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.55, share=2),
     Tile(m=256, warpgroups=3, stages=4, blocks=1, batch=1, block_us=0.85),
 )
+# For experts only, whose tokens do not come in powers of two.
+EXPERT_TILES = (
+    Tile(m=96, warpgroups=2, stages=4, blocks=2, batch=2, block_us=0.62),
+    Tile(m=160, warpgroups=2, stages=6, blocks=1, batch=2, block_us=0.43),
+    Tile(m=192, warpgroups=2, stages=6, blocks=1, batch=2, block_us=0.48),
+)
 
 
 def tiles(form: str) -> tuple[Tile, ...]:
@@ -138,8 +145,10 @@ def tiles(form: str) -> tuple[Tile, ...]:
 
 def grouped_tiles(form: str) -> tuple[Tile, ...]:
     """Those of experts, by growing m: each the best of as many tokens, or nearly."""
-    chosen = {"fold": (0, 4, 6, 10), "accumulate": (0, 3, 6)}
-    return tuple(TILES[i] for i in chosen[form])
+    if form == "accumulate":
+        return TILES[0], TILES[3], TILES[6]
+    few, many, share = TILES[0], TILES[4], TILES[10]
+    return few, many, EXPERT_TILES[0], TILES[6], *EXPERT_TILES[1:], share
 
 
 class Matrix(NamedTuple):
@@ -176,22 +185,45 @@ def choose_grouped(
     """For each stack that M tokens pass one after the other: tile and blocks that share its k.
 
     share: of the tokens that an expert gets. All tiles have as many tokens, for the stacks share
-    one routing. What counts is how many rows an expert has that has any: below a few the weights'
-    bytes are all there is, then tiles are to hold an expert's rows, which are unevenly many. Fitted
-    to what `bench.expert_tiles` measures.
+    one routing. What counts is how many rows an expert has that has any. Where they are few, the
+    weights' bytes are all there is, and small blocks have the most of them on their way. Above, an
+    expert's rows, which are unevenly many, are to fit into tiles that leave little empty. Fitted to
+    what `bench.expert_tiles` measures.
     """
     reached = 1 - (1 - share) ** m  # how probable it is that any token chooses an expert
-    rows = m * share / reached
-    smallest = 8 if rows <= 5 else 64 if rows <= 56 else 128 if rows <= 150 else 256
     common = set.intersection(*({t.m for t in grouped_tiles(s.form)} for s in stacks))
-    tile_m = min(smallest, max(common))
+
+    def tile_of(stack: Matrix, tile_m: int) -> Tile:
+        return next(t for t in grouped_tiles(stack.form) if t.m == tile_m)
+
+    def cost(tile_m: int) -> float:
+        """Microseconds of a multiprocessor for 128 channels and 128 k of an expert."""
+        tile = tile_of(stacks[0], tile_m)
+        multiplying = tile.block_us / tile.blocks * 128 / (tile.n / tile.share)
+        return max(reached * WEIGHT_US, _expected_tiles(m, share, tile_m) * multiplying)
 
     def option(stack: Matrix) -> tuple[Tile, int]:
-        tile = next(t for t in grouped_tiles(stack.form) if t.m == tile_m)
         long = stack.k >= 48 * BLOCK_K  # few such blocks make a wave that ends unevenly
-        return tile, 2 if tile_m == 8 and long else 1
+        return tile_of(stack, tile_m), 2 if tile_m == 8 and long else 1
 
+    few = m * share <= 5 * reached
+    tile_m = 8 if few else min(sorted(common - {8}), key=cost)
     return tuple(option(stack) for stack in stacks)
+
+
+def _expected_tiles(m: int, share: float, tile_m: int) -> float:
+    """Tiles that an expert needs on average if each of M tokens chooses it with this probability.
+
+    The rows of an expert are taken as normally distributed.
+    """
+    mean, deviation = m * share, math.sqrt(m * share * (1 - share))
+
+    def more_than(rows: int) -> float:
+        if deviation == 0.0:
+            return float(mean > rows)
+        return 0.5 * math.erfc((rows + 0.5 - mean) / (deviation * math.sqrt(2)))
+
+    return sum(more_than(rows) for rows in range(0, m, tile_m))
 
 
 def _microseconds(tile: Tile, splits: int, m: int, matrix: Matrix, multiprocessors: int) -> float:

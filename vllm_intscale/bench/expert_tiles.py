@@ -1,11 +1,11 @@
-"""`python -m vllm_intscale.bench.expert_tiles`: every tile of the grouped GEMMs, as `tiles` does.
+"""`python -m vllm_intscale.bench.expert_tiles`: layers of experts with every tile, as `tiles` does.
 
-For whoever tunes `sm90_tiles.choose_grouped`. Both GEMMs of a layer are timed with each number of
-tokens a tile, at each its own best (tile, splits); what counts is their sum, which comes last.
+For whoever tunes `sm90_tiles.choose_grouped`. A whole layer is timed, since its kernels overlap.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from functools import partial
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from vllm_intscale import cuda_backend, sm90_gemm, sm90_tiles
-from vllm_intscale.bench.moe import SIZES, TOKENS, Experts, Size
+from vllm_intscale.bench.moe import SIZES, TOKENS, Experts, Routed, Size
 from vllm_intscale.bench.timing import Timer
 from vllm_intscale.errors import IntScaleError
-from vllm_intscale.routing import Routing, group_rows
+from vllm_intscale.sm90_tiles import EXPERT_TILES, TILES, Tile
 
 GROUP = 128
-MAX_SPLITS = 4
-CANDIDATES = [t for t in sm90_tiles.TILES if t.slices == 1 and not t.few_registers]
+CANDIDATES = [t for t in (*TILES, *EXPERT_TILES) if t.slices == 1 and not t.few_registers]
+CANDIDATES += [t._replace(share=2) for t in EXPERT_TILES if t.blocks == 1]
 Stack = tuple[Tensor, Tensor, Tensor]
+Plan = tuple[tuple[Tile, int], tuple[Tile, int]]
 
 
 def _random_stack(experts: int, n: int, k: int) -> Stack:
@@ -40,85 +41,66 @@ def _random_stack(experts: int, n: int, k: int) -> Stack:
     return blocks, unit, channel_scale
 
 
-def _call(
-    operands: list[tuple[Tensor, Tensor, Routing]],
-    stack: Stack,
-    tile: sm90_tiles.Tile,
-    splits: int,
-    copy: int,
-) -> Tensor:
-    a8, token_scale, routing = operands[copy]
-    return cuda_backend.grouped_gemm(a8, token_scale, stack, routing, torch.bfloat16, tile, splits)
-
-
-def time_layer(timer: Timer, name: str, size: Size) -> list[dict[str, int | float | str]]:
-    """Both GEMMs of one layer, routed evenly, over TOKENS."""
+def plans(m: int, size: Size) -> list[Plan]:
+    """Tiles of as many tokens for both GEMMs; with few tokens, k split in two as well."""
     inner, hidden, experts, topk = size
-    stacks = {
-        "w13": _random_stack(experts, 2 * inner, hidden),
-        "w2": _random_stack(experts, hidden, inner),
-    }
+    splits = (1, 2) if m * topk <= 16 * experts else (1,)
+    return [
+        ((first, split1), (second, split2))
+        for first, second in itertools.product(CANDIDATES, repeat=2)
+        if first.m == second.m <= 8 * max(8, m * topk // experts)
+        for split1, split2 in itertools.product(splits, repeat=2)
+        if split1 in first.splits(hidden, GROUP, "fold")
+        and split2 in second.splits(inner, GROUP, "fold")
+    ]
+
+
+def _call(x: Tensor, w13: Stack, w2: Stack, routed: list[Routed], plan: Plan, copy: int) -> Tensor:
+    weights, ids = routed[copy]
+    return cuda_backend.moe(x, w13, w2, weights, ids, None, False, plans=plan)
+
+
+def time_layer(timer: Timer, name: str, size: Size) -> list[dict[str, object]]:
+    """One layer, routed evenly, over TOKENS."""
+    inner, hidden, experts, topk = size
+    stacks = _random_stack(experts, 2 * inner, hidden), _random_stack(experts, hidden, inner)
     matrices = tuple(
         sm90_tiles.Matrix(stack[2].shape[1], k, GROUP, "fold")
-        for stack, k in zip(stacks.values(), (hidden, inner), strict=True)
+        for stack, k in zip(stacks, (hidden, inner), strict=True)
     )
     empty = torch.empty(0, device="cuda")
-    rows: list[dict[str, int | float | str]] = []
+    rows: list[dict[str, object]] = []
     for m in TOKENS:
         problem = Experts(size, empty, empty, empty, 1.0)
         routed = problem.routings(m, "random")
-        times: dict[str, dict[tuple[int, int], float]] = {which: {} for which in stacks}
-        for tile_m in sorted({tile.m for tile in CANDIDATES}):
-            if tile_m > 8 * max(8, m * topk // experts):
-                continue
-            routings = [group_rows(ids, None, experts, tile_m) for _, ids in routed]
-            for which, k in (("w13", hidden), ("w2", inner)):
-                x = torch.randn(m * topk, k, device="cuda").to(torch.bfloat16)
-                operands = [
-                    (*cuda_backend.quantize_slots(x, _each_slot(routing)), routing)
-                    for routing in routings
-                ]
-                for number, tile in enumerate(sm90_tiles.TILES):
-                    if tile.m != tile_m or tile not in CANDIDATES:
-                        continue
-                    for splits in tile.splits(k, GROUP, "fold"):
-                        if not 0 < splits <= MAX_SPLITS or (splits > 1 and m > 64):
-                            continue
-                        call = partial(_call, operands, stacks[which], tile, splits)
-                        call(0)
-                        graph = timer.capture(call, len(operands), problem.least_seconds(m) / 3)
-                        us = graph.time(0.1 if m >= 512 else 0.0)
-                        times[which][number, splits] = us
-                        rows.append({"layer": name, "M": m, "gemm": which, "tile": number})
-                        rows[-1] |= {"splits": splits, "us": us}
-        plan = sm90_tiles.choose_grouped(m, topk / experts, matrices)
-        _print_place(name, m, times, [(sm90_tiles.TILES.index(t), s) for t, s in plan])
+        x = torch.randn(m, hidden, device="cuda").to(torch.bfloat16)
+        times: dict[Plan, float] = {}
+        for plan in plans(m, size):
+            call = partial(_call, x, *stacks, routed, plan)
+            call(0)
+            graph = timer.capture(call, len(routed), problem.least_seconds(m))
+            times[plan] = graph.time(0.1 if m >= 512 else 0.0)
+            rows.append({"layer": name, "M": m, "plan": _short(plan), "us": times[plan]})
+        first, second = sm90_tiles.choose_grouped(m, topk / experts, matrices)
+        chosen = times.get((first, second), float("nan"))
+        shown = "  ".join(f"{us:.1f} {_short(p)}" for us, p in _best_of_each_m(times))
+        print(f"{name} M={m}: chosen {chosen:.1f} {_short((first, second))};  {shown}", flush=True)
     return rows
 
 
-def _each_slot(routing: Routing) -> Routing:
-    """The same rows, for activations that already have a row for each slot."""
-    return routing._replace(slot_row=routing.slot_row.view(-1, 1))
+def _short(plan: Plan) -> str:
+    """Tokens x channels of a tile, how many blocks share its tokens, how many its k."""
+    parts = [f"{t.m}x{t.n // t.share}s{t.share}k{splits}" for t, splits in plan]
+    return parts[0] if parts[0] == parts[1] else "+".join(parts)
 
 
-def _print_place(
-    name: str,
-    m: int,
-    times: dict[str, dict[tuple[int, int], float]],
-    chosen: list[tuple[int, int]],
-) -> None:
-    sums: dict[int, list[tuple[float, tuple[int, int]]]] = {}
-    for of_gemm in times.values():
-        for tile_m in {sm90_tiles.TILES[number].m for number, _ in of_gemm}:
-            options = [(us, v) for v, us in of_gemm.items() if sm90_tiles.TILES[v[0]].m == tile_m]
-            sums.setdefault(tile_m, []).append(min(options))
-    totals = sorted((sum(us for us, _ in best), m, best) for m, best in sums.items())
-    shown = "  ".join(
-        f"{total:.1f} us tokens {tile_m} {[v for _, v in best]}"
-        for total, tile_m, best in totals[:3]
-    )
-    taken = [times[which].get(v, float("nan")) for which, v in zip(times, chosen, strict=True)]
-    print(f"{name} M={m}: chosen {sum(taken):.1f} us {chosen};  {shown}", flush=True)
+def _best_of_each_m(times: dict[Plan, float]) -> list[tuple[float, Plan]]:
+    best: dict[int, tuple[float, Plan]] = {}
+    for plan, us in times.items():
+        m = plan[0][0].m
+        if m not in best or us < best[m][0]:
+            best[m] = (us, plan)
+    return sorted(best.values())
 
 
 def main() -> None:

@@ -155,11 +155,16 @@ class Experts:
         experts, topk = self.size.experts, self.size.topk
         return experts * (1 - (1 - topk / experts) ** m)
 
+    def _reached_on_average(self, m: int, mode: str) -> float:
+        routings = self.routings(m, mode)
+        return float(sum(ids.unique().numel() for _, ids in routings)) / len(routings)
+
     def operations(self, m: int) -> float:
         return 2.0 * m * self.size.topk * self._expert_numbers()
 
-    def floor_us(self, m: int) -> float:
-        return self._reached(m) * weight_floor_us(1, self._expert_numbers(), self.bytes_per_second)
+    def floor_us(self, m: int, mode: str) -> float:
+        of_expert = weight_floor_us(1, self._expert_numbers(), self.bytes_per_second)
+        return self._reached_on_average(m, mode) * of_expert
 
     def least_seconds(self, m: int) -> float:
         streaming = self._reached(m) * self._expert_numbers() / 2 / FAST_BYTES_PER_S

@@ -252,7 +252,10 @@ def cutlass_w4a8_fp8(w13: Tensor, w2: Tensor, topk: int) -> ExpertLayer:
 def _humming(
     w13: Tensor, w2: Tensor, topk: int, activation: str | None, integer_scale: bool = False
 ) -> ExpertLayer:
-    """As vLLM's `HummingIndexedExperts` calls it."""
+    """As vLLM's `HummingIndexedExperts` calls it, but rows are aligned for each GEMM.
+
+    vLLM 0.26 aligns once, and the second GEMM goes wrong where its blocks have another size.
+    """
     from humming.config import GemmType
     from humming.layer import HummingLayer, HummingMethod
     from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
@@ -284,27 +287,28 @@ def _humming(
     (first, tuning1), (second, tuning2) = load(w13), load(w2)
     compute_text, texts = json.dumps(compute), (json.dumps(tuning1), json.dumps(tuning2))
 
+    def align(ids: Tensor, block: int) -> dict[str, Tensor]:
+        aligned = moe_align_block_size(ids, block, experts, None, ignore_invalid_experts=True)
+        return dict(zip(("sorted_ids", "expert_ids", "num_tokens_padded"), aligned, strict=True))
+
     def forward(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         m, slots = x.shape[0], ids.numel()
-        block = next(c["block_shape"][0] for low, high, c in tuning1 if low < slots <= high)
-        sorted_ids, expert_ids, padded = moe_align_block_size(
-            ids, block, experts, None, ignore_invalid_experts=True
+        block1, block2 = (
+            next(c["block_shape"][0] for low, high, c in tuning if low < slots <= high)
+            for tuning in (tuning1, tuning2)
         )
-        common = {
-            "sorted_ids": sorted_ids,
-            "expert_ids": expert_ids,
-            "num_tokens_padded": padded,
-            "compute_config": compute_text,
-            "valid_shape_m": slots,
-        }
+        aligned = align(ids, block1)
+        common = {"compute_config": compute_text, "valid_shape_m": slots}
         gate_up, y = x.new_empty(slots, 2 * inner), x.new_empty(slots, hidden)
         inputs, scale = HummingMethod.may_quant_input(first, x)
-        options = {"input_scale": scale, "top_k": topk, "tuning_config": texts[0], **common}
+        options = {"input_scale": scale, "top_k": topk, "tuning_config": texts[0]} | common
+        options |= aligned
         first(inputs, outputs=gate_up, **options)
         hidden_states = x.new_empty(slots, inner)
         torch.ops._C.silu_and_mul(hidden_states, gate_up)
         inputs, scale = HummingMethod.may_quant_input(second, hidden_states)
-        options = {"input_scale": scale, "top_k": 1, "tuning_config": texts[1], **common}
+        options = {"input_scale": scale, "top_k": 1, "tuning_config": texts[1]} | common
+        options |= aligned if block1 == block2 else align(ids, block2)
         second(inputs, outputs=y, **options)
         out = torch.empty_like(x)
         y = y.view(m, topk, hidden)

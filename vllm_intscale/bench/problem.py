@@ -48,7 +48,7 @@ class Problem(Protocol):
         """What the first call is to give, in bf16."""
 
     def operations(self, m: int) -> float: ...
-    def floor_us(self, m: int) -> float:
+    def floor_us(self, m: int, mode: str) -> float:
         """Microseconds to stream the int4 weights that M tokens touch."""
 
     def least_seconds(self, m: int) -> float: ...
@@ -116,7 +116,7 @@ class Linear:
     def operations(self, m: int) -> float:
         return 2.0 * m * self.weight.numel()
 
-    def floor_us(self, m: int) -> float:
+    def floor_us(self, m: int, mode: str) -> float:
         return self._floor_us
 
     def least_seconds(self, m: int) -> float:

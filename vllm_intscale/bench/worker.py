@@ -238,7 +238,7 @@ class Bench:
             run=self.run,
             session=self.request.session,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
-            floor_us=self.problem.floor_us(m),
+            floor_us=self.problem.floor_us(m, mode),
             environment=self.environment,
         )
 
