@@ -16,6 +16,7 @@
 #include "hopper.cuh"
 
 constexpr int kMaxThreads = 1024;  // as launched: 16 columns a thread, or 256
+constexpr int kSiluThreads = 256;
 constexpr int kVector = 8;
 constexpr int kHeld = 2;  // vectors of a thread in registers, so that nothing is read twice
 
@@ -55,20 +56,17 @@ __device__ __forceinline__ uint32_t cluster_max(uint32_t value) { return value; 
 // The largest magnitude of 16-bit floats. They compare as their bit patterns, where Inf is above
 // every finite number and NaN above Inf; fmaxf would lose a NaN.
 struct Largest {
-  uint32_t upper = 0, lower = 0;  // of the halves of words; below them may be anything
+  uint32_t pair = 0;
   __device__ __forceinline__ void add(uint4 v) {
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      upper = max(upper, words[i] & 0x7fffffff);
-      lower = max(lower, words[i] << 17);
-    }
+    for (int i = 0; i < 4; ++i) pair = max_of_halves(pair, words[i] & 0x7fff7fff);
   }
   __device__ __forceinline__ float of_block() const {
-    return to_float<DTYPE>(uint16_t(block_max(max(upper >> 16, lower >> 17))));
+    return to_float<DTYPE>(uint16_t(block_max(max(pair >> 16, pair & 0xffff))));
   }
   __device__ __forceinline__ float of_cluster() const {
-    return to_float<DTYPE>(uint16_t(cluster_max(block_max(max(upper >> 16, lower >> 17)))));
+    return to_float<DTYPE>(uint16_t(cluster_max(block_max(max(pair >> 16, pair & 0xffff)))));
   }
 };
 
@@ -180,20 +178,20 @@ __device__ __forceinline__ uint4 silu_mul(uint4 gates, uint4 ups) {
 #pragma unroll
   for (int j = 0; j < kVector; ++j) {
     const float exp = exp2_reference(mul_rn(gate[j], -1.4426950408889634f));
-    gate[j] = mul_rn(div_rn(gate[j], add_rn(1.0f, exp)), up[j]);
+    gate[j] = mul_rn(mul_rn(gate[j], reciprocal_reference(add_rn(1.0f, exp))), up[j]);
   }
   return {from_floats<DTYPE>(gate[0], gate[1]), from_floats<DTYPE>(gate[2], gate[3]),
           from_floats<DTYPE>(gate[4], gate[5]), from_floats<DTYPE>(gate[6], gate[7])};
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads)
+extern "C" __global__ void __launch_bounds__(kSiluThreads, 8)
     silu_mul_quantize(const uint16_t* gate_up, const int* slot_row, int8_t* a8, float* token_scale,
                       int64_t k, int64_t rows_padded) {
   extern __shared__ uint4 hidden[];  // this block's part of silu(gate) * up, rounded
   let_next_kernel_start();
+  const int64_t row = __ldcg(slot_row + blockIdx.x / blocks_of_row());
   wait_for_previous_kernel();
   clear_flags(a8, rows_padded, k);
-  const int64_t row = slot_row[blockIdx.x / blocks_of_row()];
   if (row < 0) return;
   const int vectors = int(k / kVector), begin = vectors * block_of_row() / blocks_of_row();
   const int end = vectors * (block_of_row() + 1) / blocks_of_row();

@@ -37,6 +37,16 @@ __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t sel
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
   return d;
 }
+// Maxima of the upper and of the lower halves, unsigned.
+__device__ __forceinline__ uint32_t max_of_halves(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t d;
+  asm("max.u16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+#else
+  return max(a, b) & 0xffff0000 | max(a << 16, b << 16) >> 16;
+#endif
+}
 // The lowest bytes of four words.
 __device__ __forceinline__ uint32_t lowest_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   return permute(permute(a, b, 0x40), permute(c, d, 0x40), 0x5410);
@@ -83,7 +93,7 @@ constexpr float kRound = 12582912.0f;
 
 // reference.exp2 of a number, not of a NaN.
 __device__ __forceinline__ float exp2_reference(float x) {
-  x = clamp(x, 126.0f);
+  x = clamp(x, 100.0f);
   const float n = add_rn(x, kRound), r = sub_rn(x, sub_rn(n, kRound));
   float p = 0.009582855f;
   p = add_rn(mul_rn(p, r), 0.05590643f);
@@ -91,6 +101,13 @@ __device__ __forceinline__ float exp2_reference(float x) {
   p = add_rn(mul_rn(p, r), 0.6931242f);
   p = add_rn(mul_rn(p, r), 1.0f);
   return __int_as_float(__float_as_int(p) + (__float_as_int(n) << 23));
+}
+
+// reference.reciprocal
+__device__ __forceinline__ float reciprocal_reference(float x) {
+  float y = __int_as_float(0x7ef07580 - __float_as_int(x));
+  y = mul_rn(y, sub_rn(2.0019f, mul_rn(x, y)));
+  return mul_rn(y, sub_rn(2.0f, mul_rn(x, y)));
 }
 
 // ---- 16-bit floats -----------------------------------------------------------------------------

@@ -49,7 +49,9 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule
   constexpr int kPairBytes = 2 * kBlockBytes, kCopyBytes = kCopyBlocks * kBlockBytes;
   const bool leader = elect_one();
   const uint64_t token_policy = read_again();
-  const uint64_t weight_policy = p.m_pad <= TILE_M ? read_once() : token_policy;
+  const bool last_use =
+      GROUPED ? TILE_M <= 128 : p.m_pad <= TILE_M;  // of an expert's weights, mostly
+  const uint64_t weight_policy = last_use ? read_once() : token_policy;
   const int64_t token_step = int64_t(p.m_pad) * kStageK;
   Ring ring;
   int early = 0;  // stages that have their weights and wait for tokens

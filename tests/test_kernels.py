@@ -247,16 +247,19 @@ def test_quantize_activation_equals_reference(k: int, dtype: torch.dtype) -> Non
         assert_same_bits(scale_gpu.cpu(), scale[::step])
 
 
+@pytest.mark.parametrize("blocks", [None, *((1, 2, 4, 8) if HOPPER else ())])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_silu_mul_quantize_equals_reference(dtype: torch.dtype) -> None:
+def test_silu_mul_quantize_equals_reference(dtype: torch.dtype, blocks: int | None) -> None:
+    """Rows of 704 and 1024 inner channels, and of 14336; blocks share a row as clusters."""
     gate_up = torch.cat([rows_of_trouble(1408, dtype) * 8, rows_of_trouble(1408, dtype)])
+    wide = rows_of_trouble(28672, dtype)
     every_bfloat16 = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     sweep = every_bfloat16.view(-1, 1024).to(dtype)
-    for x in (gate_up, torch.cat([sweep, torch.ones_like(sweep)], dim=1)):
+    for x in (gate_up, torch.cat([sweep, torch.ones_like(sweep)], dim=1), wide):
         a8, scale = reference.quantize_activation(reference.silu_mul(x))
         slot_row = torch.arange(x.shape[0], dtype=torch.int32, device="cuda")[:, None]
         one_to_one = Routing(slot_row, slot_row, slot_row, x.shape[0])  # only slots are read
-        a8_gpu, scale_gpu = cuda_backend.silu_mul_quantize(x.cuda(), one_to_one)
+        a8_gpu, scale_gpu = cuda_backend.silu_mul_quantize(x.cuda(), one_to_one, blocks)
         assert_same_bits(activations.unswizzle(a8_gpu, *a8.shape).cpu(), a8)
         assert_same_bits(scale_gpu.cpu(), scale)
 

@@ -204,7 +204,7 @@ def quantize_slots(x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
 def _blocks_of_row(slots: int, k: int) -> int:
     """Into how many blocks silu_mul_quantize splits a row: few rows would leave the GPU idle."""
     blocks = 1
-    while blocks < MAX_ROW_BLOCKS and slots * blocks < 256 and k > blocks * ROW_THREADS * 8:
+    while blocks < MAX_ROW_BLOCKS and slots * blocks <= 512 and k > blocks * ROW_THREADS * 8:
         blocks *= 2
     return blocks
 
@@ -308,7 +308,9 @@ def _choose_grouped(
         )
         for blocks, unit, scale in stacks
     )
-    return sm90_tiles.choose_grouped(tokens, topk / experts, shapes)
+    multiprocessors = sm90_gemm.multiprocessors_of(stacks[0][0].device.index)
+    local_experts = stacks[0][0].shape[0]
+    return sm90_tiles.choose_grouped(tokens, topk / experts, local_experts, shapes, multiprocessors)
 
 
 def moe(

@@ -136,11 +136,11 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 def exp2(x: Tensor) -> Tensor:
-    """float32 2**x for x clamped to -126..126, as exact as EXP2, from what every device has.
+    """float32 2**x for x clamped to -100..100, as exact as EXP2, from what every device has.
 
     2**x = 2**n * 2**r, with n the nearest integer: it is added to the exponent.
     """
-    x = x.clamp(-126.0, 126.0)
+    x = x.clamp(-100.0, 100.0)
     n = torch.round(x)
     r = x - n
     p = torch.full_like(r, EXP2[0])
@@ -149,10 +149,21 @@ def exp2(x: Tensor) -> Tensor:
     return (p.view(torch.int32) + (n.to(torch.int32) << 23)).view(torch.float32)
 
 
+def reciprocal(x: Tensor) -> Tensor:
+    """1 / x for float32 x in 1..2**101, to a relative error of 4e-6.
+
+    A division is exact, but on a GPU as long as all else in `silu_mul`. The difference of bit
+    patterns is within 7 %; of Newton's two steps the first has a factor that centres its error.
+    """
+    y = (0x7EF07580 - x.view(torch.int32)).view(torch.float32)
+    y = y * (2.0019 - x * y)
+    return y * (2.0 - x * y)
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` of `[M, 2 I]` (gate first), float32 inside, rounded once to the dtype."""
     gate, up = gate_up.float().chunk(2, dim=-1)
-    return (gate / (1 + exp2(gate * -LOG2_E)) * up).to(gate_up.dtype)
+    return (gate * reciprocal(1 + exp2(gate * -LOG2_E)) * up).to(gate_up.dtype)
 
 
 def moe(

@@ -13,7 +13,7 @@ BLOCK_K = 128
 SHARED_BYTES = 227 * 1024  # of a block, at most
 MULTIPROCESSOR_BYTES = 228 * 1024  # of its blocks and 1 KB for each
 MAX_SPLITS = 8  # blocks of a portable cluster
-WEIGHT_US = 0.3  # in which memory brings a multiprocessor of an H100 128 x 128 weights, about
+WEIGHT_US = 0.28  # in which memory brings a multiprocessor of an H100 128 x 128 weights, about
 STREAMED = 0  # instead of a number of splits: see cuda/sm90_schedule.cuh
 
 
@@ -127,11 +127,13 @@ TILES = (
     Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.55, share=2),
     Tile(m=256, warpgroups=3, stages=4, blocks=1, batch=1, block_us=0.85),
 )
-# For experts only, whose tokens do not come in powers of two.
+# For experts only: their weights come from memory up to more tokens, and fit tiles of other sizes.
 EXPERT_TILES = (
-    Tile(m=96, warpgroups=2, stages=4, blocks=2, batch=2, block_us=0.62),
-    Tile(m=160, warpgroups=2, stages=6, blocks=1, batch=2, block_us=0.43),
-    Tile(m=192, warpgroups=2, stages=6, blocks=1, batch=2, block_us=0.48),
+    Tile(m=16, warpgroups=2, stages=7, blocks=2, batch=2, block_us=0.45),
+    Tile(m=32, warpgroups=2, stages=6, blocks=2, batch=2, block_us=0.49),
+    Tile(m=96, warpgroups=2, stages=4, blocks=2, batch=2, block_us=0.64),
+    Tile(m=160, warpgroups=2, stages=6, blocks=1, batch=2, block_us=0.40),
+    Tile(m=192, warpgroups=2, stages=6, blocks=1, batch=2, block_us=0.43),
 )
 
 
@@ -145,10 +147,11 @@ def tiles(form: str) -> tuple[Tile, ...]:
 
 def grouped_tiles(form: str) -> tuple[Tile, ...]:
     """Those of experts, by growing m: each the best of as many tokens, or nearly."""
-    if form == "accumulate":
-        return TILES[0], TILES[3], TILES[6]
-    few, many, share = TILES[0], TILES[4], TILES[10]
-    return few, many, EXPERT_TILES[0], TILES[6], *EXPERT_TILES[1:], share
+    accumulate = {8: TILES[0], 64: TILES[3], 128: TILES[6]}
+    fold = {8: TILES[0], 64: TILES[4], 128: TILES[6], 256: TILES[10]}
+    chosen = {t.m: t for t in EXPERT_TILES if form == "fold" or t.m <= 32}
+    chosen |= fold if form == "fold" else accumulate
+    return tuple(chosen[m] for m in sorted(chosen))
 
 
 class Matrix(NamedTuple):
@@ -180,15 +183,14 @@ def choose(
 
 @lru_cache(4096)
 def choose_grouped(
-    m: int, share: float, stacks: tuple[Matrix, ...]
+    m: int, share: float, experts: int, stacks: tuple[Matrix, ...], multiprocessors: int
 ) -> tuple[tuple[Tile, int], ...]:
     """For each stack that M tokens pass one after the other: tile and blocks that share its k.
 
-    share: of the tokens that an expert gets. All tiles have as many tokens, for the stacks share
-    one routing. What counts is how many rows an expert has that has any. Where they are few, the
-    weights' bytes are all there is, and small blocks have the most of them on their way. Above, an
-    expert's rows, which are unevenly many, are to fit into tiles that leave little empty. Fitted to
-    what `bench.expert_tiles` measures.
+    share: of the tokens that an expert gets; experts: of a stack. All tiles have as many tokens,
+    for the stacks share one routing. Where few experts are reached, their weights are to be spread
+    over the chip in the smallest blocks. Else an expert's rows, which are unevenly many, are to fit
+    into tiles that leave little empty. Fitted to what `bench.expert_tiles` measures.
     """
     reached = 1 - (1 - share) ** m  # how probable it is that any token chooses an expert
     common = set.intersection(*({t.m for t in grouped_tiles(s.form)} for s in stacks))
@@ -206,8 +208,10 @@ def choose_grouped(
         long = stack.k >= 48 * BLOCK_K  # few such blocks make a wave that ends unevenly
         return tile_of(stack, tile_m), 2 if tile_m == 8 and long else 1
 
-    few = m * share <= 5 * reached
-    tile_m = 8 if few else min(sorted(common - {8}), key=cost)
+    blocks = reached * experts * min(s.n for s in stacks) / 128
+    idle = blocks < 0.8 * 2 * multiprocessors  # would be with blocks of 128 channels
+    few_rows = m * share <= 5 * reached
+    tile_m = 8 if idle and few_rows else min(sorted(common - {8}), key=cost)
     return tuple(option(stack) for stack in stacks)
 
 

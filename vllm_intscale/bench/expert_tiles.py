@@ -21,7 +21,6 @@ from vllm_intscale.sm90_tiles import EXPERT_TILES, TILES, Tile
 
 GROUP = 128
 CANDIDATES = [t for t in (*TILES, *EXPERT_TILES) if t.slices == 1 and not t.few_registers]
-CANDIDATES += [t._replace(share=2) for t in EXPERT_TILES if t.blocks == 1]
 Stack = tuple[Tensor, Tensor, Tensor]
 Plan = tuple[tuple[Tile, int], tuple[Tile, int]]
 
@@ -81,7 +80,8 @@ def time_layer(timer: Timer, name: str, size: Size) -> list[dict[str, object]]:
             graph = timer.capture(call, len(routed), problem.least_seconds(m))
             times[plan] = graph.time(0.1 if m >= 512 else 0.0)
             rows.append({"layer": name, "M": m, "plan": _short(plan), "us": times[plan]})
-        first, second = sm90_tiles.choose_grouped(m, topk / experts, matrices)
+        chip = sm90_gemm.multiprocessors_of(x.device.index)
+        first, second = sm90_tiles.choose_grouped(m, topk / experts, experts, matrices, chip)
         chosen = times.get((first, second), float("nan"))
         shown = "  ".join(f"{us:.1f} {_short(p)}" for us, p in _best_of_each_m(times))
         print(f"{name} M={m}: chosen {chosen:.1f} {_short((first, second))};  {shown}", flush=True)
