@@ -49,9 +49,7 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule
   constexpr int kPairBytes = 2 * kBlockBytes, kCopyBytes = kCopyBlocks * kBlockBytes;
   const bool leader = elect_one();
   const uint64_t token_policy = read_again();
-  const bool last_use =
-      GROUPED ? TILE_M <= 128 : p.m_pad <= TILE_M;  // of an expert's weights, mostly
-  const uint64_t weight_policy = last_use ? read_once() : token_policy;
+  const uint64_t lone_policy = GROUPED || p.m_pad <= TILE_M ? read_once() : token_policy;
   const int64_t token_step = int64_t(p.m_pad) * kStageK;
   Ring ring;
   int early = 0;  // stages that have their weights and wait for tokens
@@ -62,6 +60,7 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule
     announce(s, number, piece);
     if (piece.k_count == 0) break;
     const Tile t = piece.tile;
+    const uint64_t weight_policy = t.alone ? lone_policy : token_policy;
     const int tokens_to = GROUPED ? (t.m_end + 7) / 8 * 8 : p.m_pad;
     const int token_bytes = min(TILE_M, tokens_to - t.m0) * kStageK;
     const int64_t expert_at = int64_t(t.expert) * ((p.n + 127) / 128) * p.k_blocks * kPairBytes;

@@ -29,6 +29,11 @@ __device__ __forceinline__ int tiles_along_m(const Problem& p) {
 struct Tile {
   int n0, m0, m_end;  // first channel (of this block), first token, end of the tokens
   int expert;
+#if GROUPED
+  bool alone;  // no other tile is multiplied by the same weights
+#else
+  static constexpr bool alone = true;
+#endif
 };
 struct Piece {  // what a block computes of a tile
   Tile tile;
@@ -45,7 +50,7 @@ __device__ __forceinline__ Tile tile_at(const Problem& p, int index) {
   const int first = group >> 8, count = group & 255, at = index - first * along_n;
   const int4 tile = __ldcg(p.tiles + first + at % count);
   const int n0 = at / count * kClusterN + blockIdx.x % SHARE * 64 * kChannelBlocks;
-  return {n0, tile.y, tile.y + tile.z, tile.x};
+  return {n0, tile.y, tile.y + tile.z, tile.x, count == 1};
 #else
   constexpr int kGroup = 4096 / TILE_M;
   const int of_group = tiles_along_n(p) * kGroup, m_first = index / of_group * kGroup;

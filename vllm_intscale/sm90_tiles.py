@@ -13,7 +13,6 @@ BLOCK_K = 128
 SHARED_BYTES = 227 * 1024  # of a block, at most
 MULTIPROCESSOR_BYTES = 228 * 1024  # of its blocks and 1 KB for each
 MAX_SPLITS = 8  # blocks of a portable cluster
-WEIGHT_US = 0.28  # in which memory brings a multiprocessor of an H100 128 x 128 weights, about
 STREAMED = 0  # instead of a number of splits: see cuda/sm90_schedule.cuh
 
 
@@ -30,7 +29,7 @@ class Tile(NamedTuple):
     stages: int
     blocks: int
     batch: int
-    block_us: float
+    block_us: float = 0.0
     share: int = 1
     slices: int = 1
 
@@ -129,12 +128,15 @@ TILES = (
 )
 # For experts only: their weights come from memory up to more tokens, and fit tiles of other sizes.
 EXPERT_TILES = (
-    Tile(m=16, warpgroups=2, stages=7, blocks=2, batch=2, block_us=0.45),
-    Tile(m=32, warpgroups=2, stages=6, blocks=2, batch=2, block_us=0.49),
-    Tile(m=96, warpgroups=2, stages=4, blocks=2, batch=2, block_us=0.64),
-    Tile(m=160, warpgroups=2, stages=6, blocks=1, batch=2, block_us=0.40),
-    Tile(m=192, warpgroups=2, stages=6, blocks=1, batch=2, block_us=0.43),
+    Tile(m=32, warpgroups=2, stages=6, blocks=2, batch=2),
+    Tile(m=96, warpgroups=2, stages=4, blocks=2, batch=2),
+    Tile(m=160, warpgroups=2, stages=6, blocks=1, batch=2),
+    Tile(m=192, warpgroups=2, stages=6, blocks=1, batch=2),
 )
+# Microseconds in which a multiprocessor of an H100 multiplies 128 x 128 weights of an expert by a
+# tile of as many tokens, and in which memory brings it so many weights.
+GROUPED_US = {32: 0.245, 64: 0.27, 96: 0.32, 128: 0.33, 160: 0.40, 192: 0.43, 256: 0.55}
+WEIGHT_US = 0.28
 
 
 def tiles(form: str) -> tuple[Tile, ...]:
@@ -188,31 +190,37 @@ def choose_grouped(
     """For each stack that M tokens pass one after the other: tile and blocks that share its k.
 
     share: of the tokens that an expert gets; experts: of a stack. All tiles have as many tokens,
-    for the stacks share one routing. Where few experts are reached, their weights are to be spread
-    over the chip in the smallest blocks. Else an expert's rows, which are unevenly many, are to fit
-    into tiles that leave little empty. Fitted to what `bench.expert_tiles` measures.
+    for the stacks share one routing. Fitted to what `bench.expert_tiles` measures.
     """
-    reached = 1 - (1 - share) ** m  # how probable it is that any token chooses an expert
     common = set.intersection(*({t.m for t in grouped_tiles(s.form)} for s in stacks))
-
-    def tile_of(stack: Matrix, tile_m: int) -> Tile:
-        return next(t for t in grouped_tiles(stack.form) if t.m == tile_m)
-
-    def cost(tile_m: int) -> float:
-        """Microseconds of a multiprocessor for 128 channels and 128 k of an expert."""
-        tile = tile_of(stacks[0], tile_m)
-        multiplying = tile.block_us / tile.blocks * 128 / (tile.n / tile.share)
-        return max(reached * WEIGHT_US, _expected_tiles(m, share, tile_m) * multiplying)
+    tile_m = _choose_tile_m(
+        m, share, experts, min(s.n for s in stacks), sorted(common), multiprocessors
+    )
 
     def option(stack: Matrix) -> tuple[Tile, int]:
+        tile = next(t for t in grouped_tiles(stack.form) if t.m == tile_m)
         long = stack.k >= 48 * BLOCK_K  # few such blocks make a wave that ends unevenly
-        return tile_of(stack, tile_m), 2 if tile_m == 8 and long else 1
+        return tile, 2 if tile_m == 8 and long else 1
 
-    blocks = reached * experts * min(s.n for s in stacks) / 128
-    idle = blocks < 0.8 * 2 * multiprocessors  # would be with blocks of 128 channels
-    few_rows = m * share <= 5 * reached
-    tile_m = 8 if idle and few_rows else min(sorted(common - {8}), key=cost)
     return tuple(option(stack) for stack in stacks)
+
+
+def _choose_tile_m(
+    m: int, share: float, experts: int, n: int, possible: list[int], multiprocessors: int
+) -> int:
+    """Tokens of a tile."""
+    rows = m * share  # of an expert, on average
+    reached = 1 - (1 - share) ** m  # how probable it is that any token chooses an expert
+    blocks = reached * experts * n / 128  # of 128 channels, two on a multiprocessor
+    if rows < 1 or (blocks < 1.6 * multiprocessors and rows <= 5 * reached):
+        return 8  # whose blocks are the smallest: few weights are spread over the chip
+    memory = reached * WEIGHT_US
+    others = [tile_m for tile_m in possible if tile_m > 8]
+    costs = {t: max(memory, _expected_tiles(m, share, t) * GROUPED_US[t]) for t in others}
+    if bound_by_memory := [t for t in others if costs[t] == memory]:
+        # Rows are more uneven than chance makes them, and a larger tile costs nothing here.
+        return next((t for t in bound_by_memory if t >= 2.5 * rows), bound_by_memory[-1])
+    return min(others, key=costs.__getitem__)
 
 
 def _expected_tiles(m: int, share: float, tile_m: int) -> float:
