@@ -150,7 +150,7 @@ def quantize(
             source, out, config, revision, on_progress, scale_search, resume, text
         )
     _print_report(report, time.monotonic() - start)
-    print(f"\nServe it:  vllm serve {out}")
+    print(f"Details     {out}/report.html\n\nServe it:  vllm serve {out}")
 
 
 @app.command()
@@ -171,7 +171,7 @@ def convert(
     """Convert a GPTQ, AWQ, AutoRound or compressed-tensors int4 checkpoint.
 
     Codes stay as they are and scales become integers. What int4 codes with integer scales cannot
-    hold (asymmetric groups, activation order) is rounded again. OUT/report.json has the loss of
+    hold (asymmetric groups, activation order) is rounded again. OUT/report.html shows the loss of
     each layer. No calibration data and no GPU are needed.
     """
     from vllm_intscale.quantize import convert_model
@@ -183,7 +183,7 @@ def convert(
     with _progress_display() as on_progress:
         report = convert_model(source, out, config, revision, on_progress, resume)
     _print_report(report, time.monotonic() - start)
-    print(f"\nServe it:  vllm serve {out}")
+    print(f"Details     {out}/report.html\n\nServe it:  vllm serve {out}")
 
 
 @app.command("inspect")

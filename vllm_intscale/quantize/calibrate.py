@@ -22,6 +22,7 @@ from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import Amplifier, LayerScheme
 from vllm_intscale.packing import unpack_codes
 from vllm_intscale.quantize.gptq import Factor, factorize, quantize_rows
+from vllm_intscale.quantize.loss import Loss, measure
 from vllm_intscale.quantize.rtn import QuantizedRows, heuristic_amplifier, smallest_scale
 from vllm_intscale.quantize.shards import OpenFiles
 from vllm_intscale.quantize.sites import SiteFinder, Smoother
@@ -62,14 +63,15 @@ def calibrate(
     files: OpenFiles,
     calibration: Calibration,
     amplifier: Amplifier,
-    write: Callable[[Matrix, int, QuantizedRows], None],
+    write: Callable[[Matrix, int, QuantizedRows, Loss], None],
     written: Callable[[Matrix], list[Tensor] | None] = lambda _: None,
 ) -> dict[str, Scales]:
     """Smooth the model and quantize by GPTQ every matrix of `plan` that the text reaches.
 
-    write: takes some rows of a matrix, and the number of the first. written: the three tensors of
-    a matrix that a run which was killed has quantized; it is not done again. Returns what all other
-    tensors of the checkpoint are to be multiplied with, by name, where smoothing has changed them.
+    write: takes some rows of a matrix, the number of the first, and their loss. written: the three
+    tensors of a matrix that a run which was killed has quantized; it is not done again. Returns
+    what all other tensors of the checkpoint are to be multiplied with, by name, where smoothing has
+    changed them.
 
     Raises IntScaleError if the text is too short, or if transformers cannot run the model.
     """
@@ -136,7 +138,7 @@ def _quantize_stage(
     watch: Watch,
     stage: set[str],
     amplifier: Amplifier,
-    write: Callable[[Matrix, int, QuantizedRows], None],
+    write: Callable[[Matrix, int, QuantizedRows, Loss], None],
 ) -> None:
     """Quantize these matrices for the inputs that they got, in the model too."""
     factors: dict[int, Factor] = {}
@@ -156,8 +158,9 @@ def _quantize_stage(
         for row in range(0, m.shape[0], ROWS):
             part = weight[row : row + ROWS]
             rows = quantize_rows(where, part, m.scheme, number, factors[id(seen)])
+            loss = measure(part, rows, m.scheme.bits, seen)
             part.copy_(_dequantized(rows[:3], m.scheme))
-            write(m, row, rows)
+            write(m, row, rows, loss)
 
 
 def _dequantized(tensors: Sequence[Tensor], scheme: LayerScheme | None) -> Tensor:

@@ -35,6 +35,7 @@ class QuantizedRows(NamedTuple):
     qweight: Tensor  # int32 [n, K * bits / 32]
     group_scale: Tensor  # int16 [n, K / group_size]
     channel_scale: Tensor  # float32 [n]
+    float_scale: Tensor  # float64 [n, K / group_size], what S * channel_scale is to be
     lost_groups: int  # groups of nonzero weights whose S is 0: their weights are now zero
     bound: int  # largest `accumulator_bound` of these rows
 
@@ -200,6 +201,7 @@ def within_bound(
         pack_codes(codes, scheme.bits),
         group_scale,
         channel,
+        scale,
         int(((group_scale == 0) & (scale > 0)).sum()),
         int(bound.max()),
     )

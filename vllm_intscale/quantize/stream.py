@@ -27,8 +27,10 @@ from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import TENSOR_NAMES, Amplifier, LayerScheme
 from vllm_intscale.quantize.calibrate import Calibration, calibrate
 from vllm_intscale.quantize.journal import JOURNAL, Journal, fingerprint
+from vllm_intscale.quantize.loss import Loss, measure
 from vllm_intscale.quantize.packed import ROWS, PackedLayer
 from vllm_intscale.quantize.report import Conversion, Outcome, Progress, Report
+from vllm_intscale.quantize.report_page import write_report
 from vllm_intscale.quantize.rtn import (
     ConvertedRows,
     QuantizedRows,
@@ -45,7 +47,6 @@ from vllm_intscale.verify import write_sums
 
 BLOCK_ELEMENTS = 1 << 18  # all that is computed from a block stays in a core's cache
 CONVERTED_ELEMENTS = 1 << 20  # of a block; columns of narrow ones are read bit by bit
-REPORT = "report.json"
 # What other tools say of the quantization that is replaced.
 QUANTIZATION_CONFIGS = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 _SPELLING = {dtype: spelling for spelling, dtype in DTYPES.items()}
@@ -91,8 +92,7 @@ def write_checkpoint(
             _copy_other_files(plan.folder, partial)
             model_config = {**plan.model_config, "quantization_config": plan.config.to_dict()}
             (partial / CONFIG).write_text(json.dumps(model_config, indent=2) + "\n")
-            if report.conversions:
-                _write_report(partial / REPORT, report)
+            write_report(partial, report, plan.config)
             validate_checkpoint(partial)
             write_sums(partial, {journal.path})
             for path in (*partial.rglob("*"), partial):
@@ -104,14 +104,6 @@ def write_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return report
-
-
-def _write_report(path: Path, report: Report) -> None:
-    layers = {
-        name: {"groups": c.groups, "kept_groups": c.kept_groups, "error": c.error}
-        for name, c in report.conversions.items()
-    }
-    path.write_text(json.dumps({"layers": layers}, indent=2) + "\n")
 
 
 def check_output(out: Path, source: Path | None = None, resume: bool = False) -> Path:
@@ -171,7 +163,7 @@ def _write_all(
             if m.scheme is None:
                 report.left[m.left].append(m.layer)
             else:
-                report.add_quantized(m.layer, outcome)
+                report.add_quantized(m.layer, m.scheme, outcome)
                 if calibration and not outcome.calibrated:
                     report.uncalibrated.append(m.layer)
                 report.weights += math.prod(m.shape)
@@ -257,9 +249,9 @@ class _Work:
         """
         outcomes: dict[str, Outcome] = defaultdict(lambda: Outcome(calibrated=True))
 
-        def write(m: Matrix, row: int, rows: QuantizedRows) -> None:
+        def write(m: Matrix, row: int, rows: QuantizedRows, loss: Loss) -> None:
             self.write_rows(m, row, rows)
-            outcomes[m.name].add_rows(rows.lost_groups, rows.bound)
+            outcomes[m.name].add(Outcome.of(rows, loss))
             if row + rows.qweight.shape[0] == m.shape[0]:
                 finish(m, outcomes[m.name])
 
@@ -299,15 +291,15 @@ class _Work:
             )
             amplifier = heuristic_amplifier(min(scales))
 
-        def quantize_block(block: tuple[int, Tensor]) -> tuple[int, int]:
+        def quantize_block(block: tuple[int, Tensor]) -> Outcome:
             row, weight = block
             rows = quantize_rows(where, weight, scheme, amplifier, self.search)
             self.write_rows(m, row, rows)
-            return rows.lost_groups, rows.bound
+            return Outcome.of(rows, measure(weight, rows, scheme.bits))
 
         outcome = Outcome()
-        for counts in self.workers.map(quantize_block, self._blocks(m)):
-            outcome.add_rows(*counts)
+        for part in self.workers.map(quantize_block, self._blocks(m)):
+            outcome.add(part)
         return outcome
 
     def _convert(self, m: Matrix, packed: PackedLayer, scheme: LayerScheme) -> Outcome:
@@ -333,7 +325,7 @@ class _Work:
         for rows, kept_groups, squared_error, squares in self.workers.map(
             convert_block, range(0, n, step)
         ):
-            outcome.add_rows(rows.lost_groups, rows.bound)
+            outcome.add(Outcome.of(rows))
             total.kept_groups += kept_groups
             total.squared_error += squared_error
             total.squares += squares

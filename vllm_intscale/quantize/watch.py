@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from vllm_intscale import reference
 from vllm_intscale.quantize.shards import OpenFiles
 from vllm_intscale.quantize.source import FLOAT_DTYPES, SERVED_AS, Matrix, Plan
 
@@ -29,7 +30,18 @@ class Input:
     """What a weight has been multiplied with."""
 
     hessian: Tensor | None = None  # sum of x x^T, float32 [K, K]
+    rounding: Tensor | None = None  # sum of what int8 changes in x, squared, float32 [K]
     tokens: int = 0
+
+    def add(self, x: Tensor) -> None:
+        """Rows `[M, K]`, float32."""
+        if self.hessian is None or self.rounding is None:
+            self.hessian = x.new_zeros(x.shape[1], x.shape[1])
+            self.rounding = x.new_zeros(x.shape[1])
+        self.hessian.addmm_(x.t(), x)
+        a8, token_scale = reference.quantize_activation(x)
+        self.rounding += (a8 * token_scale[:, None] - x).square_().sum(0)
+        self.tokens += x.shape[0]
 
 
 @dataclass
@@ -69,11 +81,7 @@ class Watch(TorchFunctionMode):
             return
         if self._last is None or self._last[0] is not x and not _same(self._last[0], x):
             seen = self.inputs[matrices[0].name]
-            rows = x.reshape(-1, x.shape[-1]).float()
-            if seen.hessian is None:
-                seen.hessian = rows.new_zeros(rows.shape[1], rows.shape[1])
-            seen.hessian.addmm_(rows.t(), rows)
-            seen.tokens += rows.shape[0]
+            seen.add(x.reshape(-1, x.shape[-1]).float())
             self._last = x, seen
         for m in matrices:  # those that always get the same input share its sum
             self.inputs[m.name] = self._last[1]
