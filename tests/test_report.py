@@ -34,7 +34,9 @@ def test_errors_are_those_of_the_files(tmp_path: Path) -> None:
     report = quantize_model(str(SOURCE), out)
     content = json.loads((out / "report.json").read_text())
     source, stored = load_file(SOURCE / "model.safetensors"), load_file(out / "model.safetensors")
-    assert list(content["layers"]) == list(report.outcomes) and len(report.outcomes) == report.layers
+    assert (
+        list(content["layers"]) == list(report.outcomes) and len(report.outcomes) == report.layers
+    )
     for name, layer in content["layers"].items():
         weight = source[f"{name}.weight"][::MEASURED].double()
         error = (dequantized(stored, name)[::MEASURED] - weight).norm() / weight.norm()

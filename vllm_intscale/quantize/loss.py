@@ -11,7 +11,9 @@ from vllm_intscale.packing import unpack_codes
 from vllm_intscale.quantize.rtn import QuantizedRows
 from vllm_intscale.quantize.watch import Input
 
-MEASURED = 8  # every so manieth row: enough to know a layer's error, and nearly free
+# Every so manieth row is measured, and of a large layer every so manieth block of rows: enough to
+# know its error, and nearly free.
+MEASURED = 8
 
 
 @dataclass

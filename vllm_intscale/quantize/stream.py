@@ -7,6 +7,7 @@ complete, with which a run that was killed can go on.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import TENSOR_NAMES, Amplifier, LayerScheme
 from vllm_intscale.quantize.calibrate import Calibration, calibrate
 from vllm_intscale.quantize.journal import JOURNAL, Journal, fingerprint
-from vllm_intscale.quantize.loss import Loss, measure
+from vllm_intscale.quantize.loss import MEASURED, Loss, measure
 from vllm_intscale.quantize.packed import ROWS, PackedLayer
 from vllm_intscale.quantize.report import Conversion, Outcome, Progress, Report
 from vllm_intscale.quantize.report_page import write_report
@@ -291,14 +292,15 @@ class _Work:
             )
             amplifier = heuristic_amplifier(min(scales))
 
-        def quantize_block(block: tuple[int, Tensor]) -> Outcome:
+        def quantize_block(number: int, block: tuple[int, Tensor]) -> Outcome:
             row, weight = block
             rows = quantize_rows(where, weight, scheme, amplifier, self.search)
             self.write_rows(m, row, rows)
-            return Outcome.of(rows, measure(weight, rows, scheme.bits))
+            measured = number % MEASURED == 0
+            return Outcome.of(rows, measure(weight, rows, scheme.bits) if measured else None)
 
         outcome = Outcome()
-        for part in self.workers.map(quantize_block, self._blocks(m)):
+        for part in self.workers.map(quantize_block, itertools.count(), self._blocks(m)):
             outcome.add(part)
         return outcome
 
