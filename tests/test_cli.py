@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sources
 
-from vllm_intscale import cli
+from vllm_intscale import cli, display
 from vllm_intscale.checkpoint import validate_checkpoint
 from vllm_intscale.format import LayerScheme
 
@@ -24,7 +24,7 @@ def test_command_line(
     options = ["--ignore", "re:.*[qk]_proj"]
     options += ["--override", "re:.*(gate|up)_proj:bits=8,group_size=64"]
     monkeypatch.setattr(sys, "argv", command + options)
-    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0.0)
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert not stop.value.code

@@ -319,7 +319,10 @@ def test_command_line(tmp_path: Path) -> None:
     assert report["layers"].keys() == set(LAYERS)
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "intscale"
-    assert config["source"] == {"model": "awq_asym", "method": "converted from awq"}
+    source = config["source"]
+    assert (source["model"], source["method"]) == ("awq_asym", "converted from awq")
+    assert source["command"] == f"intscale convert {PACKED / 'awq_asym'} out"
+    assert source["version"].startswith("vllm_intscale ")
     assert (tmp_path / "out/tokenizer.json").exists()
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 1 and "out exists" in again.stderr

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from vllm_intscale.bench.cli import bench
+from vllm_intscale.display import print_inspection, print_report, progress_display, size, status
 from vllm_intscale.errors import IntScaleError
-from vllm_intscale.format import ACCUMULATOR_MAX, Amplifier, CheckpointConfig
+from vllm_intscale.format import Amplifier, CheckpointConfig
 
-if TYPE_CHECKING:
-    from vllm_intscale.inspection import Inspection
-    from vllm_intscale.quantize import Progress, Report
-
-GIB = 2**30
 RESUME = "Go on where the same command was killed, if it was."
-SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal to draw a bar on
 
 app = typer.Typer(
     help="W4A8 LLM quantization with Integer Scale, for vLLM.",
@@ -138,18 +132,19 @@ def quantize(
         max_group_scale=max_group_scale,
         ignore=tuple(ignore or ()),
         overrides=dict(map(_parse_override, override or ())),
+        source={"command": _command()},
     )
     if dry_run:
         check_output(out, Path(source), resume)
-        _print_inspection(inspect_model(source, (), revision, config))
-        print(f"Disk        {_size(shutil.disk_usage(out.parent).free)} free in {out.parent}")
+        print_inspection(inspect_model(source, (), revision, config))
+        print(f"Disk        {size(shutil.disk_usage(out.parent).free)} free in {out.parent}")
         return
     start = time.monotonic()
-    with _progress_display() as on_progress:
+    with progress_display() as on_progress:
         report = quantize_model(
             source, out, config, revision, on_progress, scale_search, resume, text
         )
-    _print_report(report, time.monotonic() - start)
+    print_report(report, time.monotonic() - start)
     print(f"Details     {out}/report.html\n\nServe it:  vllm serve {out}")
 
 
@@ -177,12 +172,14 @@ def convert(
     from vllm_intscale.quantize import convert_model
 
     config = CheckpointConfig(
-        amplifier=_parse_amplifier(amplifier), max_group_scale=max_group_scale
+        amplifier=_parse_amplifier(amplifier),
+        max_group_scale=max_group_scale,
+        source={"command": _command()},
     )
     start = time.monotonic()
-    with _progress_display() as on_progress:
+    with progress_display() as on_progress:
         report = convert_model(source, out, config, revision, on_progress, resume)
-    _print_report(report, time.monotonic() - start)
+    print_report(report, time.monotonic() - start)
     print(f"Details     {out}/report.html\n\nServe it:  vllm serve {out}")
 
 
@@ -206,9 +203,9 @@ def inspect_command(
     if not all(part.isdecimal() and int(part) for part in tp.split(",")):
         raise IntScaleError(f"--tp {tp}: whole numbers from 1 are needed, separated by commas")
     found = inspect_model(model, [int(part) for part in tp.split(",")], revision)
-    _print_inspection(found)
+    print_inspection(found)
     for ranks in found.ranks:
-        share = f"{_size(found.intscale_bytes // ranks.tp_size)} of weights a rank"
+        share = f"{size(found.intscale_bytes // ranks.tp_size)} of weights a rank"
         lines = [*ranks.problems, ranks.remedy] if ranks.problems else [share, *ranks.split]
         print(f"--tp {ranks.tp_size:<6} " + "; ".join(lines))
     print(json.dumps(found._asdict() | {"ranks": [ranks._asdict() for ranks in found.ranks]}))
@@ -221,7 +218,7 @@ def verify_checkpoint(
     """Check a quantized model: hashes, shapes, bounds, NaN. Nothing is loaded onto a GPU."""
     from vllm_intscale.verify import SUMS, verify
 
-    with _status() as show:
+    with status() as show:
         found = verify(folder, show)
     hashes = f"{found.files} files agree with {SUMS}" if found.files else f"there is no {SUMS}"
     print(f"In order    {found.layers} quantized layers, {found.tensors} tensors; {hashes}")
@@ -278,6 +275,40 @@ def evaluate(
     os._exit(0)
 
 
+@app.command("push")
+def push_checkpoint(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a quantized model.")],
+    repository: Annotated[
+        str, typer.Argument(metavar="REPO", help="NAMESPACE/NAME on the Hugging Face hub.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="If it has to be created.")] = False,
+    score: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="What intscale eval printed, for the card's table; the unquantized model's first. "
+            "Repeatable.",
+        ),
+    ] = None,
+) -> None:
+    """Upload a quantized model to the hub, once it is verified, with a model card.
+
+    The card, written to OUT/README.md, says what was made from what, by which command, and how to
+    serve it.
+    """
+    from vllm_intscale.push import push, read_scores
+
+    scores = read_scores(score or ())
+    with status() as show:
+        address = push(folder, repository, private, scores, show)
+    print(f"Uploaded    {address}\n\nServe it:  vllm serve {repository}")
+
+
+def _command() -> str:
+    """As it was called; --resume repeats it."""
+    return shlex.join(["intscale", *(a for a in sys.argv[1:] if a != "--resume")])
+
+
 def _parse_amplifier(value: str) -> Amplifier:
     # What is neither a name nor a number is refused by the config, as every other value.
     return int(value) if value.isdecimal() else value  # type: ignore[return-value]
@@ -295,126 +326,3 @@ def _parse_override(value: str) -> tuple[str, dict[str, int]]:
             "re:.*down_proj:group_size=64"
         )
     return pattern, parsed
-
-
-@contextmanager
-def _progress_display() -> Iterator[Callable[[Progress], None]]:
-    """A bar on a terminal, otherwise a line now and then; on stderr."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _LineDisplay()
-        return
-    columns = (
-        TextColumn("quantizing"),
-        BarColumn(),
-        TextColumn("{task.fields[tensors]} tensors"),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=console) as bar:
-        task = bar.add_task("", total=None, tensors="0")
-
-        def show(progress: Progress) -> None:
-            bar.update(
-                task,
-                completed=progress.bytes,
-                total=progress.total_bytes,
-                tensors=f"{progress.tensors}/{progress.total_tensors}",
-            )
-
-        yield show
-
-
-@contextmanager
-def _status() -> Iterator[Callable[[str], None]]:
-    """What is being read, on a terminal; on stderr."""
-    from rich.console import Console
-
-    with Console(stderr=True).status("") as status:
-        yield status.update
-
-
-class _LineDisplay:
-    def __init__(self) -> None:
-        self.start = self.shown = time.monotonic()
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if now - self.shown < SECONDS_BETWEEN_LINES:
-            return
-        self.shown = now
-        left = (now - self.start) * (progress.total_bytes / max(1, progress.bytes) - 1)
-        print(
-            f"quantizing: {progress.tensors}/{progress.total_tensors} tensors, "
-            f"{_size(progress.bytes)} of {_size(progress.total_bytes)}, {left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def _print_inspection(found: Inspection) -> None:
-    print(f"Model       {found.model_type}, {_size(found.stored_bytes)} stored")
-    schemes = ", ".join(f"{count} {scheme}" for scheme, count in found.layers.items())
-    would = "" if found.quantized else f", {_size(found.intscale_bytes)} once quantized"
-    print(f"Layers      {schemes}{would}")
-    for reason, count in found.left.items():
-        print(f"Left        {count} x {reason}")
-
-
-def _print_report(report: Report, seconds: float) -> None:
-    bits = 8 * report.quantized_bytes / report.weights
-    print(
-        f"Quantized   {report.layers} layers, {_size(report.quantized_source_bytes)} to "
-        f"{_size(report.quantized_bytes)}, {bits:.2f} bits per weight"
-    )
-    for reason, layers in report.left.items():
-        names = ", ".join(layers[:2]) + (", ..." if len(layers) > 2 else "")
-        print(f"Left        {len(layers)} x {reason}: {names}")
-    print(
-        f"Model       {_size(report.source_bytes)} to {_size(report.written_bytes)} in "
-        f"{seconds:.0f} s"
-    )
-    if report.smoothed:
-        print(f"Smoothed    the inputs of {report.smoothed} layers, by powers of two")
-    if report.uncalibrated:
-        names = ", ".join(report.uncalibrated[:2]) + (", ..." if report.uncalibrated[2:] else "")
-        print(
-            f"Rounded     {len(report.uncalibrated)} layers to nearest, which too little of the "
-            f"text reaches: {names}"
-        )
-    _print_conversions(report)
-    print(f"Scales      {report.lost_groups} rounded to 0, which makes the group's weights 0")
-    print(
-        f"Overflow    impossible: int32 accumulators are used to at most "
-        f"{report.bound / ACCUMULATOR_MAX:.1%} ({report.bound_layer})"
-    )
-
-
-def _print_conversions(report: Report) -> None:
-    kept = {n: c.error for n, c in report.conversions.items() if c.kept_groups == c.groups}
-    again = {n: c.error for n, c in report.conversions.items() if n not in kept}
-    for title, errors, what in (
-        ("Kept", kept, "keep all codes; integer scales change"),
-        ("Rounded", again, "were rounded again, asymmetric or reordered, which changes"),
-    ):
-        if errors:
-            worst = max(errors, key=errors.__getitem__)
-            print(
-                f"{title:<11} {len(errors)} layers {what} the weights by "
-                f"{sum(errors.values()) / len(errors):.2%}, at most {errors[worst]:.2%} ({worst})"
-            )
-
-
-def _size(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"

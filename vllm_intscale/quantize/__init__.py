@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from vllm_intscale import __version__
 from vllm_intscale.checkpoint import CONFIG, read_config, read_headers
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import GROUP_SIZES, CheckpointConfig
@@ -47,8 +50,9 @@ def quantize_model(
     method = "round to nearest" + (", scales searched" if search else "")
     if calibration:
         method = f"GPTQ, {calibration.samples} samples of {calibration.file.name}"
-    origin = {**_origin(source, folder), "method": method}
-    wanted = dataclasses.replace(config or CheckpointConfig(), source=origin)
+    config = config or CheckpointConfig()
+    origin = {**config.source, **_origin(source, folder), "method": method}
+    wanted = dataclasses.replace(config, source=origin)
     plan = make_plan(folder, wanted)
     return write_checkpoint(
         plan, Path(out), on_progress, search or bool(calibration), resume, calibration
@@ -129,13 +133,18 @@ def _conversion(
     wanted = dataclasses.replace(
         config,
         group_size=next((g for g, _ in group_sizes.most_common(1) if g in GROUP_SIZES), 128),
-        source={**_origin(source, folder), "method": f"converted from {section['quant_method']}"},
+        source={
+            **config.source,
+            **_origin(source, folder),
+            "method": f"converted from {section['quant_method']}",
+        },
     )
     return decide(folder, with_weights(stored, packed), model_config, wanted, packed)
 
 
 def _origin(source: str, folder: Path) -> dict[str, str]:
     origin = {"model": source if folder != Path(source) else folder.resolve().name}
+    origin["version"] = f"vllm_intscale {__version__}, torch {torch.__version__}"
     if folder.parent.name == "snapshots":
         origin["revision"] = folder.name
     return origin
