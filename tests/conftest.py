@@ -197,3 +197,17 @@ def one_process_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         parallel_state.initialize_model_parallel()
         yield
     parallel_state.cleanup_dist_env_and_memory()
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory of a GPU is filled with NaN or the largest integer."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3, device="cuda").isnan().all()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of processes side by side: they would wait for each other's
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)

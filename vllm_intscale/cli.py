@@ -83,9 +83,11 @@ def quantize(
         ),
     ] = Method.RTN,
     calibration: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="FILE", help='That text, for --method gptq: plain, or .jsonl with "text".'
+            metavar="FILE|DATASET",
+            help='That text, for --method gptq: a file, plain or .jsonl with "text"; or '
+            "ID[:CONFIG[:SPLIT]] of a dataset on the hub, or a folder of one.",
         ),
     ] = None,
     calibration_samples: Annotated[
@@ -120,7 +122,7 @@ def quantize(
     text = None
     if method == Method.GPTQ:
         if calibration is None:
-            raise IntScaleError("--method gptq needs a text: --calibration FILE")
+            raise IntScaleError("--method gptq needs a text: --calibration FILE or DATASET")
         if scale_search:
             raise IntScaleError("--method gptq searches scales already; leave out --scale-search")
         text = Calibration(calibration, calibration_samples or 128, calibration_length)

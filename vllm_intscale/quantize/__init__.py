@@ -14,7 +14,7 @@ from vllm_intscale import __version__
 from vllm_intscale.checkpoint import CONFIG, read_config, read_headers
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import GROUP_SIZES, CheckpointConfig
-from vllm_intscale.quantize.calibrate import Calibration
+from vllm_intscale.quantize.calibration import Calibration
 from vllm_intscale.quantize.packed import read_packed, with_weights
 from vllm_intscale.quantize.report import Progress, Report
 from vllm_intscale.quantize.shards import OpenFiles
@@ -49,7 +49,7 @@ def quantize_model(
     folder = resolve(source, revision)
     method = "round to nearest" + (", scales searched" if search else "")
     if calibration:
-        method = f"GPTQ, {calibration.samples} samples of {calibration.file.name}"
+        method = f"GPTQ, {calibration.samples} samples of {calibration.name}"
     config = config or CheckpointConfig()
     origin = {**config.source, **_origin(source, folder), "method": method}
     wanted = dataclasses.replace(config, source=origin)

@@ -8,12 +8,11 @@ is quantized together, on inputs that the quantized weights before it have made.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import Amplifier, LayerScheme
 from vllm_intscale.packing import unpack_codes
+from vllm_intscale.quantize.calibration import MAX_LENGTH, Calibration
 from vllm_intscale.quantize.gptq import Factor, factorize, quantize_rows
 from vllm_intscale.quantize.loss import Loss, measure
 from vllm_intscale.quantize.rtn import QuantizedRows, heuristic_amplifier, smallest_scale
@@ -32,30 +32,7 @@ from vllm_intscale.quantize.watch import Watch, first_rows, stages
 from vllm_intscale.text import tokenize
 
 MIN_TOKENS = 128  # that a weight has to see; experts that see fewer are rounded to nearest
-MAX_LENGTH = 2048  # of a sample
 ROWS = 4096  # of a matrix that are quantized at once
-
-
-class Calibration(NamedTuple):
-    """What to calibrate with: a text file, or lines of JSON that have "text"."""
-
-    file: Path
-    samples: int = 128
-    length: int | None = None  # tokens of a sample; None: as the model allows, at most MAX_LENGTH
-
-    def content(self) -> str:
-        """The text. Raises IntScaleError if it cannot be read."""
-        try:
-            text = self.file.read_text(encoding="utf-8")
-            if self.file.suffix == ".jsonl":
-                lines = filter(str.strip, text.splitlines())
-                text = "\n".join(json.loads(line)["text"] for line in lines)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise IntScaleError(
-                f'{self.file} cannot be read as text, or as lines of JSON with "text" ({error}); '
-                "name another --calibration"
-            ) from None
-        return text
 
 
 def calibrate(
@@ -212,7 +189,7 @@ def _read_samples(folder: Path, model: Any, calibration: Calibration) -> list[Te
     whole = len(ids) // length
     if not whole:
         raise IntScaleError(
-            f"{calibration.file} has {len(ids)} tokens, fewer than a sample of {length}; name a "
+            f"{calibration.name} has {len(ids)} tokens, fewer than a sample of {length}; name a "
             "longer --calibration or set --calibration-length"
         )
     windows = ids[: whole * length].view(whole, 1, length)

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_intscale import __version__
 from vllm_intscale.errors import IntScaleError
-from vllm_intscale.quantize.calibrate import Calibration
+from vllm_intscale.quantize.calibration import Calibration
 from vllm_intscale.quantize.source import Plan
 
 JOURNAL = "journal.jsonl"

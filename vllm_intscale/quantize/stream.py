@@ -26,7 +26,8 @@ from torch import Tensor
 from vllm_intscale.checkpoint import CONFIG, DTYPES, inside, validate_checkpoint
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import TENSOR_NAMES, Amplifier, LayerScheme
-from vllm_intscale.quantize.calibrate import Calibration, calibrate
+from vllm_intscale.quantize.calibrate import calibrate
+from vllm_intscale.quantize.calibration import Calibration
 from vllm_intscale.quantize.journal import JOURNAL, Journal, fingerprint
 from vllm_intscale.quantize.loss import MEASURED, Loss, measure
 from vllm_intscale.quantize.packed import ROWS, PackedLayer
