@@ -96,7 +96,8 @@ def test_config_names_every_exception(tmp_path: Path, pattern: str) -> None:
     assert set(written.overrides) == {DOWN, pattern}
     assert written.scheme_of(DOWN) == LayerScheme(group_size=32, max_group_scale=1000)
     assert written.scheme_of(Q) == LayerScheme()
-    assert written.source == {"model": "source", "method": "round to nearest"}
+    assert written.source.keys() == {"model", "version", "method"}
+    assert written.source["method"] == "round to nearest"
     assert json.loads((tmp_path / "out/config.json").read_text())["hidden_size"] == 256
     assert dict(report.left) == {
         "output head": ["lm_head"],
@@ -132,7 +133,8 @@ def test_every_other_file_is_copied(tmp_path: Path) -> None:
     found = {
         str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()
     }
-    assert found == {*kept, "config.json", "model.safetensors", "SHA256SUMS"}
+    own = {"config.json", "model.safetensors", "SHA256SUMS", "report.json", "report.html"}
+    assert found == {*kept, *own}
     assert all((tmp_path / "out" / name).read_text() == name for name in kept)
 
 

@@ -85,11 +85,13 @@ def fingerprint(plan: Plan, search: bool, calibration: Calibration | None = None
     if calibration:
         content_hash = hashlib.sha256(calibration.content().encode()).hexdigest()
         text = [content_hash, calibration.samples, calibration.length]
+    config = plan.config.to_dict()
+    config["source"].pop("command", None)  # of the same request, it may be spelled otherwise
     files = {m.stored.file for m in plan.matrices}
     files |= {part.file for m in plan.matrices if m.packed for part in m.packed.parts.values()}
     content = {
         "version": __version__,
-        "config": plan.config.to_dict(),
+        "config": config,
         "search": search,
         "calibration": text,
         "matrices": [(m.name, m.shape, str(m.scheme)) for m in plan.matrices],
