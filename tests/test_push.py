@@ -49,7 +49,7 @@ def test_push(tmp_path: Path) -> None:
     assert verify(tmp_path / "out").files  # the card's hash, too
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.library_name == "vllm" and "w4a8" in card.data.tags
-    assert f"intscale quantize {SOURCE} out --ignore 're:.*o_proj'" in card.text
+    assert "intscale quantize tiny-llama out --ignore 're:.*o_proj'" in card.text
     assert "vllm serve me/tiny-W4A8" in card.text and "vllm_intscale 0.1.0" in card.text
     assert "| out | t.txt | 16 | 10.1500 | +1.50% |" in card.text
 

@@ -307,8 +307,9 @@ def push_checkpoint(
 
 
 def _command() -> str:
-    """As it was called; --resume repeats it."""
-    return shlex.join(["intscale", *(a for a in sys.argv[1:] if a != "--resume")])
+    """As it was called, for the model's config: without --resume, and without where folders lie."""
+    arguments = (a for a in sys.argv[1:] if a != "--resume")
+    return shlex.join(["intscale", *(Path(a).name if a.startswith("/") else a for a in arguments)])
 
 
 def _parse_amplifier(value: str) -> Amplifier:

@@ -64,7 +64,7 @@ def push(
     verify(folder, on_progress)
     (folder / CARD).write_text(model_card(folder, repository, scores))
     write_sums(folder)
-    api, what = HfApi(library_name=PROJECT, library_version=__version__), str(repository)
+    api = HfApi(library_name=PROJECT, library_version=__version__)
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
         on_progress("upload")
@@ -76,7 +76,7 @@ def push(
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
         raise IntScaleError(
-            f"{what} cannot be uploaded: {reason}; log in with a token that may write there: "
+            f"{repository} cannot be uploaded: {reason}; log in with a token that may write there: "
             "hf auth login"
         ) from error
     return str(address)

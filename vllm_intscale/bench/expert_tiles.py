@@ -60,7 +60,7 @@ def _call(x: Tensor, w13: Stack, w2: Stack, routed: list[Routed], plan: Plan, co
 
 
 def time_layer(timer: Timer, name: str, size: Size) -> list[dict[str, object]]:
-    """One layer, routed evenly, over TOKENS."""
+    """One layer, routed evenly and unevenly, over TOKENS."""
     inner, hidden, experts, topk = size
     stacks = _random_stack(experts, 2 * inner, hidden), _random_stack(experts, hidden, inner)
     matrices = tuple(
@@ -69,9 +69,9 @@ def time_layer(timer: Timer, name: str, size: Size) -> list[dict[str, object]]:
     )
     empty = torch.empty(0, device="cuda")
     rows: list[dict[str, object]] = []
-    for m in TOKENS:
-        problem = Experts(size, empty, empty, empty, 1.0)
-        routed = problem.routings(m, "random")
+    problem = Experts(size, empty, empty, empty, 1.0)
+    for m, mode in itertools.product(TOKENS, problem.modes):
+        routed = problem.routings(m, mode)
         x = torch.randn(m, hidden, device="cuda").to(torch.bfloat16)
         times: dict[Plan, float] = {}
         for plan in plans(m, size):
@@ -79,12 +79,14 @@ def time_layer(timer: Timer, name: str, size: Size) -> list[dict[str, object]]:
             call(0)
             graph = timer.capture(call, len(routed), problem.least_seconds(m))
             times[plan] = graph.time(0.1 if m >= 512 else 0.0)
-            rows.append({"layer": name, "M": m, "plan": _short(plan), "us": times[plan]})
+            rows.append({"layer": name, "M": m, "mode": mode, "plan": _short(plan)})
+            rows[-1]["us"] = times[plan]
         chip = sm90_gemm.multiprocessors_of(x.device.index)
         first, second = sm90_tiles.choose_grouped(m, topk / experts, experts, matrices, chip)
         chosen = times.get((first, second), float("nan"))
         shown = "  ".join(f"{us:.1f} {_short(p)}" for us, p in _best_of_each_m(times))
-        print(f"{name} M={m}: chosen {chosen:.1f} {_short((first, second))};  {shown}", flush=True)
+        plan_text = f"chosen {chosen:.1f} {_short((first, second))}"
+        print(f"{name} M={m} {mode}: {plan_text};  {shown}", flush=True)
     return rows
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_intscale.display import size
 from vllm_intscale.format import ACCUMULATOR_MAX, CheckpointConfig
 from vllm_intscale.quantize.report import Outcome, Report
 from vllm_intscale.quantize.watch import stage_of
@@ -88,9 +89,7 @@ def render(content: Mapping[str, Any]) -> str:
     )
     environment.filters["percent"] = lambda x: f"{100 * x:.3g} %"
     environment.filters["short"] = lambda x: f"{float(f'{x:.3g}'):,g}"
-    environment.filters["size"] = lambda x: (
-        f"{x / 2**30:.3g} GiB" if x >= 2**30 else f"{x / 2**20:.3g} MiB"
-    )
+    environment.filters["size"] = size
     layers = content["layers"]
     ranked = sorted(layers, key=lambda name: _rank(layers[name]))
     page: str = environment.get_template("report.html.jinja").render(
