@@ -15,7 +15,7 @@ __device__ __forceinline__ ChannelScales load_channel_scales(const Problem& p, c
     const int n = channel + 8 * h;
     c.scale[h] = n < p.n ? scales[n] : 0.0f;
     c.bias[h] = -0.0f;  // leaves every number as it is, -0.0 too
-#if DTYPE != INT32
+#if DTYPE != INT32 && !GROUPED
     if (p.bias != nullptr && n < p.n) c.bias[h] = to_float<DTYPE>(p.bias[n]);
 #endif
   }

@@ -11,6 +11,10 @@
 //              and the one that began the tile collects them, last. It waits for blocks before it
 //              in the grid only, which started earlier, so that no block waits for one that needs
 //              its place.
+//              Experts: how many tiles there are only the device knows. The last whole wave and the
+//              ragged one after it are streamed where that one would leave blocks idle for more
+//              than `least_idle` blocks of k on average, times the whole waves: in a longer GEMM
+//              blocks out of step in k cost more of what L2 holds, and win less.
 #pragma once
 
 // Clusters of a launch with SHARE > 1 are neither: they take what is a tile of SHARE times as many
@@ -63,16 +67,25 @@ __device__ __forceinline__ Tile tile_at(const Problem& p, int index) {
 // Only the load warp follows it, and tells the others (announce, receive).
 struct Schedule {
   const Problem& p;
-  const int whole_tiles;
+  const int expert_tiles, whole_tiles;
   int next;  // tile to take whole; or ~x, x blocks of k after the start of tile whole_tiles
 
   __device__ __forceinline__ explicit Schedule(const Problem& p)
       : p(p),
-        whole_tiles(GROUPED ? __ldcg(p.tile_count) * tiles_along_n(p) : p.whole_tiles),
+        expert_tiles(GROUPED ? __ldcg(p.tile_count) * tiles_along_n(p) : 0),
+        whole_tiles(GROUPED ? whole_expert_tiles() : p.whole_tiles),
         next(cluster()) {}
 
   __device__ __forceinline__ int cluster() const { return blockIdx.x / cluster_size(); }
   __device__ __forceinline__ int clusters() const { return gridDim.x / cluster_size(); }
+
+  __device__ __forceinline__ int whole_expert_tiles() const {
+    const int waves = expert_tiles / clusters(), ragged = expert_tiles % clusters();
+    const int idle = (clusters() - ragged) * p.k_blocks;  // in the last wave, all together
+    const bool stream = p.partials != nullptr && waves > 0 && ragged > 0;
+    return stream && idle > p.least_idle * waves * clusters() ? (waves - 1) * clusters()
+                                                              : expert_tiles;
+  }
 
   __device__ __forceinline__ bool take(Piece& piece) {
     if (next >= 0 && next < whole_tiles) {
@@ -82,11 +95,11 @@ struct Schedule {
       next += clusters();
       return true;
     }
-    if (GROUPED || streamed() == 0) return false;
+    if (streamed() == 0) return false;
     if (next >= 0) next = ~begin_of(clusters() - 1 - cluster());
     const int at = ~next, end = begin_of(clusters() - cluster());
     if (at >= end) return false;
-    const int tile = p.whole_tiles + at / p.k_blocks, k_begin = at % p.k_blocks;
+    const int tile = whole_tiles + at / p.k_blocks, k_begin = at % p.k_blocks;
     const int k_count = min(p.k_blocks - k_begin, end - at);
     const int followers = k_begin > 0 ? kLeft : k_count < p.k_blocks ? followers_of(tile) : 0;
     piece = {tile_at(p, tile), k_begin, k_count, followers};
@@ -94,7 +107,8 @@ struct Schedule {
     return true;
   }
   __device__ __forceinline__ int streamed() const {  // blocks of k
-    return (tiles_along_n(p) * tiles_along_m(p) - p.whole_tiles) * p.k_blocks;
+    const int tiles = GROUPED ? expert_tiles : tiles_along_n(p) * tiles_along_m(p);
+    return (tiles - whole_tiles) * p.k_blocks;
   }
   // Where the share of a cluster begins that is the i-th from the last.
   __device__ __forceinline__ int begin_of(uint32_t i) const {
@@ -102,7 +116,7 @@ struct Schedule {
   }
   // How many clusters after this one work on the tile that its share ends in.
   __device__ __forceinline__ int followers_of(int tile) const {
-    const int tile_end = (tile - p.whole_tiles + 1) * p.k_blocks;
+    const int tile_end = (tile - whole_tiles + 1) * p.k_blocks;
     const int own = clusters() - 1 - cluster();
     int count = 0;
     while (begin_of(own + count + 1) < tile_end) ++count;

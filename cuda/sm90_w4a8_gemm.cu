@@ -11,7 +11,7 @@
 //   unit          float32 [n rounded up to 128], 127 / m of fold.cuh (FOLD=0: not read)
 //   channel_scale float32 [n];  bias DTYPE [n] or nullptr
 //   out           DTYPE [m, n rounded up to 8]; with -DDTYPE=INT32 the accumulators
-//   partials      int32 [blocks of the grid][tile], scratch; read if whole_tiles < tiles
+//   partials      int32 [blocks of the grid][tile], scratch; read if tiles are streamed
 //   grid          clusters of 1 to 8 blocks of 128 * (WARPGROUPS + 1) threads. A tile is TILE_M
 //                 tokens x 64 * WARPGROUPS / SLICES channels; who computes which:
 //                 sm90_schedule.cuh. With SHARE=2 clusters are two blocks, neighbours in n, that
@@ -19,7 +19,9 @@
 //                 the same channels in turn; grid: a block for each tile
 //   With -DGROUPED=1 tiles of tokens are those of moe_routing.cu, weight, unit and channel_scale
 //   have a leading expert dimension, bias is nullptr; grid: enough clusters for any routing if more
-//   than one block shares a tile's k or slices do May be launched to overlap the kernels before
+//   than one block shares a tile's k or slices do. Tiles may be streamed if there are partials.
+//
+//   May be launched to overlap the kernels before
 //   (the quantizer overlaps, too): weights load first, a8 once they are done. So none of them may
 //   write the weights.
 //
@@ -68,18 +70,18 @@ constexpr int kUnits = kTokenBlocks / kUnitBlocks;
 constexpr int kStagingBytes = WARPGROUPS * 2 * kUnitBlocks * 8 * 128;
 constexpr int kScaleTokens = TILE_M < 16 ? 16 : TILE_M;
 constexpr int kScaleBytes = WARPGROUPS * kScaleTokens * 4;  // a copy for each warpgroup
-// Blocks of 8 tokens whose partial sums, of all warpgroups, a stage can hold; a power of two.
+// Blocks of 8 tokens whose partial sums, of all warpgroups, a stage holds: as many as fit evenly.
 constexpr int kFitting = kStageBytes / (kMultipliers * 16);
-constexpr int kPartialBlocks = kFitting >= kTokenBlocks ? kTokenBlocks
-                               : kFitting >= 8          ? 8
-                               : kFitting >= 4          ? 4
-                               : kFitting >= 2          ? 2
-                                                        : 1;
+constexpr int kPartialBlocks = kFitting >= kTokenBlocks                 ? kTokenBlocks
+                               : kFitting >= 8 && kTokenBlocks % 8 == 0 ? 8
+                               : kFitting >= 4 && kTokenBlocks % 4 == 0 ? 4
+                               : kFitting >= 2 && kTokenBlocks % 2 == 0 ? 2
+                                                                        : 1;
 // Where the partial sums of a cluster meet. Large tiles have no room for them beside the ring.
 constexpr bool kPartialsInRing = TILE_M >= 128;
 // Registers of a thread: at launch, of the last warpgroup, of the others (256 is the limit of all).
 constexpr int kRegisters = 65536 / (kThreads * MIN_BLOCKS) / 8 * 8;
-constexpr int kLoadRegisters = FEW_REGISTERS ? 32 : 40;
+constexpr int kLoadRegisters = FEW_REGISTERS ? 32 : GROUPED && SHARE > 1 ? 56 : 40;
 constexpr int kAvailable = (kRegisters * (WARPGROUPS + 1) - kLoadRegisters) / WARPGROUPS / 8 * 8;
 constexpr int kMultiplyRegisters = kAvailable < 232 ? kAvailable : 232;
 
@@ -111,6 +113,7 @@ struct Problem {
   int m, m_pad, n, k_blocks, whole_tiles;
   const int4* tiles;
   const int* tile_count;
+  int least_idle;
 };
 
 #include "sm90_schedule.cuh"
@@ -167,7 +170,7 @@ __device__ __forceinline__ void store_global(void* p, uint4 v, bool valid) {
 
 // What the load warp tells the others of a piece, in one of two slots in turn:
 // [n0, m0, k_count (0: no more pieces), followers][barrier: announced][barrier: received].
-// GROUPED: instead of followers, 65536 * expert + tokens.
+// GROUPED: k_count + 65536 * (followers - kLeft), tokens + 65536 * expert.
 constexpr int kSlotBytes = 32;
 constexpr int kAnnounced = 16, kReceived = 24;
 constexpr int kReceivers = kMultipliers / 32 + (FOLD ? kTableWarps : 0);  // warps
@@ -177,8 +180,9 @@ __device__ __forceinline__ void announce(const Shared& s, int number, const Piec
   barrier_wait(slot + kReceived, number / 2 % 2 ^ 1);
   if (elect_one()) {
     const Tile& t = piece.tile;
+    const uint32_t k_count = piece.k_count + (GROUPED ? (piece.followers - kLeft) << 16 : 0);
     const uint32_t last = GROUPED ? t.expert << 16 | (t.m_end - t.m0) : piece.followers;
-    store_shared(slot, make_uint4(t.n0, t.m0, piece.k_count, last));
+    store_shared(slot, make_uint4(t.n0, t.m0, k_count, last));
     barrier_arrive(slot + kAnnounced);
   }
 }
@@ -187,8 +191,8 @@ __device__ __forceinline__ Piece read_piece(const Problem& p, const Shared& s, i
   const int m0 = v.y, expert = GROUPED ? v.w >> 16 : 0;
   return {{int(v.x), m0, GROUPED ? m0 + int(v.w & 0xffff) : p.m, expert},
           0,
-          int(v.z),
-          GROUPED ? 0 : int(v.w)};
+          GROUPED ? int(v.z & 0xffff) : int(v.z),
+          GROUPED ? int(v.z >> 16) + kLeft : int(v.w)};
 }
 __device__ __forceinline__ bool receive(const Problem& p, const Shared& s, int number,
                                         Piece& piece) {
@@ -254,10 +258,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
     w4a8_gemm(const int8_t* a8, const float* token_scale, const uint8_t* weight, const float* unit,
               const float* channel_scale, const uint16_t* bias, Out* out, int4* partials, int m,
               int m_pad, int n, int k_blocks, int whole_tiles, const int4* tiles,
-              const int* tile_count) {
+              const int* tile_count, int least_idle) {
   extern __shared__ __align__(1024) uint8_t memory[];
-  const Problem p = {a8, token_scale, weight, unit,     channel_scale, bias,  out,       partials,
-                     m,  m_pad,       n,      k_blocks, whole_tiles,   tiles, tile_count};
+  const Problem p = {a8,         token_scale, weight, unit, channel_scale, bias,        out,
+                     partials,   m,           m_pad,  n,    k_blocks,      whole_tiles, tiles,
+                     tile_count, least_idle};
   const int size = split_size(), rank = split_rank();
   const bool clustered = cluster_size() > 1;
   Shared s;

@@ -100,6 +100,6 @@ def grouped_variants(family: str, k: int, group_size: int) -> list[tuple[Any, in
     return [
         (tile, splits)
         for tile in sm90_tiles.grouped_tiles(family)
-        for splits in (1, 2)
+        for splits in (STREAMED, 1, 2)
         if splits in tile.splits(k, group_size, family)
     ]

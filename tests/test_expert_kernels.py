@@ -19,8 +19,9 @@ from gpu_layers import (
     rows_of_trouble,
 )
 
-from vllm_intscale import activations, cuda_backend, ops, reference
+from vllm_intscale import activations, cuda_backend, ops, reference, sm90_gemm
 from vllm_intscale.routing import Routing, group_rows
+from vllm_intscale.sm90_tiles import FORMS
 
 pytestmark = NEEDS_GPU
 ROUTINGS = ("random", "skewed", "one", "holes")
@@ -129,6 +130,19 @@ def test_grouped_gemm_equals_reference(n: int, k: int, group_size: int, family: 
 @pytest.mark.parametrize(("n", "k", "group_size"), [(1, 64, 64), (96, 96, 32), (1408, 704, 64)])
 def test_grouped_gemm_odd_shapes(n: int, k: int, group_size: int, family: str) -> None:
     check_grouped_gemm(n, k, group_size, family)
+
+
+@pytest.mark.skipif(not HOPPER, reason="streams tiles on Hopper only")
+@pytest.mark.parametrize("family", FORMS)
+@pytest.mark.parametrize("multiprocessors", [1, 7, 16])
+def test_streamed_tiles_of_experts(
+    multiprocessors: int, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU so small that these tiles are waves, of which it streams all that are ragged."""
+    monkeypatch.setattr(sm90_gemm, "multiprocessors_of", lambda _: multiprocessors)
+    monkeypatch.setattr(sm90_gemm, "LEAST_IDLE", 0)
+    for n, k, group_size in ((1408, 704, 64), (512, 2048, 128)):
+        check_grouped_gemm(n, k, group_size, family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

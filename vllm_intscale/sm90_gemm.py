@@ -21,6 +21,7 @@ from vllm_intscale.sm90_tiles import BLOCK_K, STREAMED, Tile, choose
 # 2**-14; float32 is 8 times closer. A field has room for 13 bits.
 MAX_FOLD_SCALE = 1023
 ROWS = 4096  # of a weight prepared at a time: bounds the extra memory
+LEAST_IDLE = 14  # see cuda/sm90_schedule.cuh: 5 us of an H100, which the exchange of sums takes
 
 
 # ---- weight layout ------------------------------------------------------------------------------
@@ -196,8 +197,8 @@ def _plan(
     resident = multiprocessors * tile.blocks // tile.share
     clusters, whole_tiles, partials = min(tiles, resident), tiles, 0
     if splits == STREAMED:  # at least a tile each, so that most tiles have one follower at most
-        clusters = min(tiles * k_blocks, resident)
-        whole_tiles = max(0, tiles // clusters - 1) * clusters
+        clusters = clusters if grouped else min(tiles * k_blocks, resident)
+        whole_tiles = max(0, tiles // clusters - 1) * clusters  # grouped: as the device finds
         partials = clusters * tile.m * tile.n
         assert 4 * clusters * tile.share * tile.warpgroups <= FLAG_BYTES
     elif splits > 1 or tile.slices > 1:
@@ -252,7 +253,10 @@ def gemm(
         a8.device,
         plan.grid,
         plan.threads,
-        (a8, token_scale, blocks, unit, channel_scale, bias, rows, scratch, *sizes, *tiles),
+        (
+            *(a8, token_scale, blocks, unit, channel_scale, bias, rows, scratch),
+            *(*sizes, *tiles, LEAST_IDLE),
+        ),
         shared_bytes=plan.shared_bytes,
         cluster=plan.cluster,
         overlap=True,

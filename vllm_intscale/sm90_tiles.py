@@ -199,8 +199,8 @@ def choose_grouped(
 
     def option(stack: Matrix) -> tuple[Tile, int]:
         tile = next(t for t in grouped_tiles(stack.form) if t.m == tile_m)
-        long = stack.k >= 48 * BLOCK_K  # few such blocks make a wave that ends unevenly
-        return tile, 2 if tile_m == 8 and long else 1
+        long = stack.k >= 48 * BLOCK_K  # a wave of such blocks that ends unevenly costs much
+        return tile, 1 if not long else 2 if tile_m == 8 else STREAMED
 
     return tuple(option(stack) for stack in stacks)
 

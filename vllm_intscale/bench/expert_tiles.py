@@ -17,7 +17,7 @@ from vllm_intscale import cuda_backend, sm90_gemm, sm90_tiles
 from vllm_intscale.bench.moe import SIZES, TOKENS, Experts, Routed, Size
 from vllm_intscale.bench.timing import Timer
 from vllm_intscale.errors import IntScaleError
-from vllm_intscale.sm90_tiles import EXPERT_TILES, TILES, Tile
+from vllm_intscale.sm90_tiles import EXPERT_TILES, STREAMED, TILES, Tile
 
 GROUP = 128
 CANDIDATES = [t for t in (*TILES, *EXPERT_TILES) if t.slices == 1 and not t.few_registers]
@@ -41,9 +41,9 @@ def _random_stack(experts: int, n: int, k: int) -> Stack:
 
 
 def plans(m: int, size: Size) -> list[Plan]:
-    """Tiles of as many tokens for both GEMMs; with few tokens, k split in two as well."""
+    """Tiles of as many tokens for both GEMMs; k split in two with few tokens, or streamed."""
     inner, hidden, experts, topk = size
-    splits = (1, 2) if m * topk <= 16 * experts else (1,)
+    splits = (1, 2) if m * topk <= 16 * experts else (1, STREAMED)
     return [
         ((first, split1), (second, split2))
         for first, second in itertools.product(CANDIDATES, repeat=2)
