@@ -91,8 +91,16 @@ class Experts(nn.Module):
         return out
 
 
-def load(folder: Path, dtype: torch.dtype, ranks: int = 1) -> nn.Module:
-    """The model of a checkpoint as `ranks` tensor-parallel ranks compute it."""
+def load(folder: Path, dtype: torch.dtype, ranks: int = 1, folded: bool = False) -> nn.Module:
+    """The model of a checkpoint as `ranks` tensor-parallel ranks compute it.
+
+    folded: with `reference.fold` of every weight, as on Hopper.
+    """
+
+    def weight(layer: str) -> reference.Weight:
+        stored = weight_of(tensors, layer)
+        return reference.fold(stored) if folded else stored
+
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -111,14 +119,13 @@ def load(folder: Path, dtype: torch.dtype, ranks: int = 1) -> nn.Module:
         if name.endswith(".experts"):
             projections = ("gate_proj", "up_proj", "down_proj")
             weights = [
-                tuple(weight_of(tensors, f"{name}.{expert}.{p}") for p in projections)
+                tuple(weight(f"{name}.{expert}.{p}") for p in projections)
                 for expert in range(module.num_experts)
             ]
             model.set_submodule(name, Experts(weights, ranks))
         elif f"{name}.qweight" in tensors:
             split = ranks if name.endswith(ROW_PARALLEL) else 1
-            linear = Linear(weight_of(tensors, name), module.bias, split)
-            model.set_submodule(name, linear)
+            model.set_submodule(name, Linear(weight(name), module.bias, split))
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     for name in set(missing) - tied:
         assert "expert" in name or f"{name.removesuffix('.weight')}.qweight" in tensors

@@ -30,11 +30,12 @@ def describe(qweight: Tensor, group_scale: Tensor) -> str:
 
 
 def prepare_weight(
-    qweight: Tensor, group_scale: Tensor, channel_scale: Tensor, bits: int
+    qweight: Tensor, group_scale: Tensor, channel_scale: Tensor, bits: int, _agree: object = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """qweight int32 `[..., N, K * bits / 32]` to digits int8 `[..., D, N, K]`.
 
-    group_scale, int16 `[..., N, K / g]`, is in the digits now and becomes empty.
+    group_scale, int16 `[..., N, K / g]`, is in the digits now and becomes empty. D need not be the
+    same on all ranks: the arithmetic is.
     """
     largest = int(group_scale.to(torch.int32).abs().max()) << (bits - 1)
     digits = 1

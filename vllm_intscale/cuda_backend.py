@@ -8,9 +8,10 @@ where the GPU is a Hopper, on `sm80_gemm` otherwise.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,7 +57,10 @@ def _form_of(group_scale: Tensor) -> str:
     return "fold" if group_scale.numel() else "accumulate"
 
 
-def _hopper_form(matrices: Iterable[tuple[Tensor, Tensor]]) -> str:
+Agree = Callable[[bool], bool]  # whether something holds on all ranks, of which each tells its own
+
+
+def _hopper_form(matrices: Iterable[tuple[Tensor, Tensor]], agree: Agree = bool) -> str:
     """INTSCALE_FORM or, where all qweight and group_scale allow it, the faster one, "fold"."""
     form = os.environ.get("INTSCALE_FORM", "")
     if form not in ("", *sm90_tiles.FORMS):
@@ -65,7 +69,7 @@ def _hopper_form(matrices: Iterable[tuple[Tensor, Tensor]]) -> str:
         )
     if form == "accumulate":
         return form
-    possible = all(sm90_gemm.foldable(unpack_codes(q, 4), scale) for q, scale in matrices)
+    possible = agree(all(sm90_gemm.foldable(unpack_codes(q, 4), scale) for q, scale in matrices))
     if form == "fold" and not possible:
         raise IntScaleError(
             "INTSCALE_FORM is 'fold', which needs group scales of at most "
@@ -75,18 +79,23 @@ def _hopper_form(matrices: Iterable[tuple[Tensor, Tensor]]) -> str:
 
 
 def prepare_weight(
-    qweight: Tensor, group_scale: Tensor, channel_scale: Tensor, bits: int = 4
+    qweight: Tensor,
+    group_scale: Tensor,
+    channel_scale: Tensor,
+    bits: int = 4,
+    agree: Agree = bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checkpoint layout to that of the kernels, see `sm90_gemm` and `sm80_gemm.prepare_weight`.
 
-    A stack `[E, ...]` is one of experts, all of one form.
+    A stack `[E, ...]` is one of experts, all of one form; agree: on all ranks that have some.
     """
     assert bits == 4  # loading refuses others
     hopper = torch.cuda.get_device_capability(qweight.device)[0] == 9
     if qweight.dim() == 2:
         family = _hopper_form([(qweight, group_scale)]) if hopper else "sm80"
         return prepare_matrix(qweight, group_scale, channel_scale, family)
-    family = _hopper_form(zip(qweight, group_scale, strict=True)) if hopper else "sm80"
+    experts = zip(qweight, group_scale, strict=True)
+    family = _hopper_form(experts, agree) if hopper else "sm80"
     return prepare_stack(qweight, group_scale, channel_scale, family)
 
 
@@ -271,12 +280,14 @@ def grouped_gemm(
     dtype: torch.dtype,
     tile: sm80_gemm.Tile | sm90_tiles.Tile,
     splits: int = 1,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Each row of a8 that is a slot's times its expert's weight: `[rows, N]`.
 
     Rows that are no slot's are left unwritten. tile.m is that of the routing.
     """
-    out = a8.new_empty(routing.rows, weight[2].shape[1], dtype=dtype)
+    if out is None:
+        out = a8.new_empty(routing.rows, weight[2].shape[1], dtype=dtype)
     code = _dtype_code(dtype)
     if isinstance(tile, sm90_tiles.Tile):
         sm90_gemm.gemm(a8, token_scale, weight, None, out, code, tile, splits, routing=routing)
@@ -313,6 +324,17 @@ def _choose_grouped(
     return sm90_tiles.choose_grouped(tokens, topk / experts, local_experts, shapes, multiprocessors)
 
 
+class Buffers(NamedTuple):
+    """Where `moe` leaves its output `[M, H]` and those of its GEMMs, `[rows, 2 I]`, `[rows, H]`.
+
+    rows: `routing.grouped_rows`. gate_up may share its memory with out.
+    """
+
+    out: Tensor
+    gate_up: Tensor | None = None
+    y: Tensor | None = None
+
+
 def moe(
     x: Tensor,
     w13: tuple[Tensor, Tensor, Tensor],
@@ -322,9 +344,12 @@ def moe(
     expert_map: Tensor | None,
     router_weight_on_input: bool,
     plans: Sequence[GroupedPlan] | None = None,
+    buffers: Buffers | None = None,
 ) -> Tensor:
     """See `reference.moe`; weights as `prepare_weight` made them. plans: of w13 and of w2."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if buffers is None:
+        buffers = Buffers(torch.empty_like(x, memory_format=torch.contiguous_format))
+    out = buffers.out
     if not x.shape[0]:
         return out
     if router_weight_on_input:
@@ -335,9 +360,10 @@ def moe(
     experts = local_experts if expert_map is None else expert_map.numel()
     first, second = plans or _choose_grouped(tokens, topk, experts, (w13, w2))
     routing = group_rows(topk_ids, expert_map, local_experts, first[0].m)
-    gate_up = grouped_gemm(*quantize_slots(x, routing), w13, routing, x.dtype, *first)
+    a8 = quantize_slots(x, routing)
+    gate_up = grouped_gemm(*a8, w13, routing, x.dtype, *first, out=buffers.gate_up)
     hidden = silu_mul_quantize(gate_up, routing)
-    y = grouped_gemm(*hidden, w2, routing, x.dtype, *second)
+    y = grouped_gemm(*hidden, w2, routing, x.dtype, *second, out=buffers.y)
     args = (y, topk_weights.float().contiguous(), routing.slot_row, out, y.shape[1], topk)
     kernel = _row_kernel("weighted_sum", x.dtype)
     jit.launch(kernel, x.device, (tokens,), ROW_THREADS, args, overlap=True)

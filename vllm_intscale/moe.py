@@ -6,8 +6,10 @@ from collections import Counter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
+from vllm.distributed import get_ep_group
 from vllm.model_executor.layers.fused_moe import (
     FusedMoEConfig,
     FusedMoEMethodBase,
@@ -112,12 +114,42 @@ class IntScaleMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             _, k = self.local_sizes[stack]
             validate_layer(f"{self.prefix}.{stack}", tensors, scheme, k)
             weight = ops.prepare_weight(
-                tensors["qweight"], tensors["group_scale"], tensors["channel_scale"], scheme.bits
+                *(tensors["qweight"], tensors["group_scale"], tensors["channel_scale"]),
+                *(scheme.bits, self._on_all_ranks),
             )
+            self._check_movable(weight)
             for name, tensor in zip(TENSOR_NAMES, weight, strict=True):
                 replace_parameter(layer, f"{stack}_{name}", tensor)
             loading.warm_up(weight[:2], layer.params_dtype)
-        self.report.ready(self.prefix, ops.describe(layer.w13_qweight, layer.w13_group_scale))
+        kernel = ops.describe(layer.w13_qweight, layer.w13_group_scale)
+        if layer.w13_qweight.is_cuda and self.moe.moe_parallel_config.use_all2all_kernels:
+            from vllm_intscale.modular_experts import make_kernel
+
+            self.moe_kernel = make_kernel(self.moe, layer)
+            kernel += f", tokens by {type(self.moe_kernel.prepare_finalize).__name__}"
+        self.report.ready(self.prefix, kernel)
+
+    def _on_all_ranks(self, possible: bool) -> bool:
+        """Whether it is so for the experts of every rank."""
+        if not self.moe.moe_parallel_config.use_ep:
+            return possible
+        flag = torch.tensor(int(possible))
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=get_ep_group().cpu_group)
+        return bool(flag)
+
+    def _check_movable(self, weight: tuple[Tensor, ...]) -> None:
+        """Raise IntScaleError if vLLM is to move experts between ranks and could not."""
+        if all(map(Tensor.numel, weight)) or not self.moe.moe_parallel_config.enable_eplb:
+            return
+        raise IntScaleError(
+            f"{self.prefix}: --enable-eplb moves experts of the fold form only, and group scales "
+            "above 1023 or negative ones beside the code -8 need the other; serve without it"
+        )
+
+    @property
+    def supports_eplb(self) -> bool:
+        """True: every tensor has a leading dimension of local experts, which vLLM moves."""
+        return True
 
     def apply(
         self,
@@ -130,8 +162,24 @@ class IntScaleMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     ) -> Tensor:
         """The local experts' share of the weighted sum, `[M, H]` to `[M, H]`.
 
-        vLLM's runner applies the shared experts and adds the shares of all ranks.
+        vLLM's runner applies the shared experts and adds the shares of all ranks. Where tokens are
+        taken to their experts, it is the whole sum.
         """
+        if self.moe_kernel is not None:
+            routed: Tensor = self.moe_kernel.apply(
+                hidden_states=x,
+                w1=layer.w13_qweight,
+                w2=layer.w2_qweight,
+                topk_weights=topk_weights,
+                topk_ids=topk_ids,
+                activation=layer.activation,
+                global_num_experts=layer.global_num_experts,
+                expert_map=layer.expert_map,
+                apply_router_weight_on_input=layer.apply_router_weight_on_input,
+                shared_experts=shared_experts,
+                shared_experts_input=shared_experts_input,
+            )
+            return routed
         out: Tensor = ops.moe(
             x,
             [layer.w13_qweight, layer.w13_group_scale, layer.w13_channel_scale],

@@ -38,11 +38,21 @@ def describe(qweight: Tensor, group_scale: Tensor) -> str:
 
 
 def prepare_weight(
-    qweight: Tensor, group_scale: Tensor, channel_scale: Tensor, bits: int = 4
+    qweight: Tensor,
+    group_scale: Tensor,
+    channel_scale: Tensor,
+    bits: int = 4,
+    agree: Callable[[bool], bool] = bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Checkpoint layout to the layout that the operators take on the tensors' device."""
+    """Checkpoint layout to the layout that the operators take on the tensors' device.
+
+    agree: tells whether what holds for this stack of experts holds on all ranks, for a layout that
+    they must have in common.
+    """
     prepare = _backend(qweight).prepare_weight
-    prepared: tuple[Tensor, Tensor, Tensor] = prepare(qweight, group_scale, channel_scale, bits)
+    prepared: tuple[Tensor, Tensor, Tensor] = prepare(
+        qweight, group_scale, channel_scale, bits, agree
+    )
     return prepared
 
 

@@ -24,15 +24,18 @@ class Routing(NamedTuple):
     rows: int
 
 
+def grouped_rows(slots: int, experts: int) -> int:
+    """How many rows any routing of so many slots to so many local experts needs."""
+    return (slots + min(experts, slots) * 7 + 7) // 8 * 8  # those of an expert begin at a multiple
+
+
 def group_rows(topk_ids: Tensor, expert_map: Tensor | None, experts: int, tile_m: int) -> Routing:
     """Group the slots of topk_ids int `[M, topk]` by local expert, in tiles of `tile_m` rows.
 
     expert_map int `[global experts]`: local index or -1. tile_m is a multiple of 8.
     """
     slots = topk_ids.numel()
-    used = min(experts, slots)
-    most_tiles = (slots + used * (tile_m - 1)) // tile_m
-    rows = (slots + used * 7 + 7) // 8 * 8
+    most_tiles = (slots + min(experts, slots) * (tile_m - 1)) // tile_m
     slot_row, tiles, tile_count = (
         topk_ids.new_empty(size, dtype=torch.int32)
         for size in (tuple(topk_ids.shape), (most_tiles, 4), (1,))
@@ -41,4 +44,4 @@ def group_rows(topk_ids: Tensor, expert_map: Tensor | None, experts: int, tile_m
     expert_map = None if expert_map is None else expert_map.to(torch.int32)
     args = (ids, expert_map, slot_row, tiles, tile_count, slots, experts, tile_m)
     jit.launch(KERNEL, topk_ids.device, (1,), 1024, args, 12 * experts, overlap=True)
-    return Routing(slot_row, tiles, tile_count, rows)
+    return Routing(slot_row, tiles, tile_count, grouped_rows(slots, experts))
