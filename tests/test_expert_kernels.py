@@ -134,7 +134,7 @@ def test_grouped_gemm_odd_shapes(n: int, k: int, group_size: int, family: str) -
 
 @pytest.mark.skipif(not HOPPER, reason="streams tiles on Hopper only")
 @pytest.mark.parametrize("family", FORMS)
-@pytest.mark.parametrize("multiprocessors", [1, 7, 16])
+@pytest.mark.parametrize("multiprocessors", [2, 7, 16])
 def test_streamed_tiles_of_experts(
     multiprocessors: int, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
