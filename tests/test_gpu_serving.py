@@ -77,7 +77,9 @@ def test_vllm_serve_answers_concurrent_requests(quantized: Path, tmp_path: Path)
     from openai import AsyncOpenAI
     from server import running_server
 
-    options = ("--max-model-len", "512", "--gpu-memory-utilization", "0.3")
+    # A fixed cache: what vLLM measures for one is disturbed by servers beside it.
+    options = ("--max-model-len", "512", "--gpu-memory-utilization", "0.1")
+    options += ("--kv-cache-memory-bytes", str(2**30))
 
     async def ask_all(url: str) -> list[str]:
         client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0)
