@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import hard_models
 import pytest
@@ -63,6 +64,19 @@ def test_gptq_halves_the_error_of_correlated_inputs(amplifier: str, bits: int) -
     assert (rows.group_scale[4] == 1).all()
 
 
+def test_scales_are_searched_for_the_energy_of_inputs() -> None:
+    """AWQ: the error of the outputs, as far as columns do not go together, is less in every row."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 192, generator=generator)
+    energy = torch.randn(192, generator=generator).mul(2).exp()
+
+    def errors(energy_known: torch.Tensor | float) -> torch.Tensor:
+        rows = rtn.quantize_rows("w", weight, SCHEME, "channel", search=True, energy=energy_known)
+        return ((values(rows) - weight).square() * energy).sum(1)
+
+    assert (errors(energy) <= errors(1.0)).all() and errors(energy).sum() < 0.9 * errors(1.0).sum()
+
+
 def test_inputs_of_zeros_round_to_nearest() -> None:
     """A Hessian of zeros says nothing: every column stands for itself."""
     weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(2))
@@ -86,15 +100,27 @@ def test_inputs_that_are_not_finite_are_refused() -> None:
 # ---- through a model ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen2_moe", "deepseek_v2"])
-def test_every_layer_of_an_architecture_is_reached(kind: str, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("llama", "gptq"),
+        ("mixtral", "gptq"),
+        ("qwen2_moe", "gptq"),
+        ("deepseek_v2", "gptq"),
+        ("llama", "awq"),
+        ("mixtral", "awq"),
+    ],
+)
+def test_every_layer_of_an_architecture_is_reached(
+    kind: str, method: Literal["gptq", "awq"], text: Path, tmp_path: Path
+) -> None:
     """And the model's output is nearer to the original's than by rounding to nearest."""
     source = random_model(kind, tmp_path / "source", torch.float32)
-    calibration = Calibration(text, samples=16, length=128)
-    report = quantize_model(str(source), tmp_path / "gptq", calibration=calibration)
+    calibration = Calibration(text, samples=16, length=128, method=method)
+    report = quantize_model(str(source), tmp_path / method, calibration=calibration)
     assert not report.uncalibrated
     quantize_model(str(source), tmp_path / "rtn", search=True)
-    validate_checkpoint(tmp_path / "gptq")
+    validate_checkpoint(tmp_path / method)
     prompt = [[int(t[1:]) for t in text.read_text().split()[:256]]]
     original = reference_model.load_unquantized(source)
     with torch.no_grad():
@@ -106,7 +132,7 @@ def test_every_layer_of_an_architecture_is_reached(kind: str, text: Path, tmp_pa
                     - wanted
                 ).norm()
             )
-            for m in ("gptq", "rtn")
+            for m in (method, "rtn")
         ]
     assert errors[0] < errors[1]
 
@@ -182,10 +208,11 @@ def test_a_model_without_tokenizer_leaves_nothing(text: Path, tmp_path: Path) ->
     ("options", "wanted"),
     [
         (["--method", "gptq"], "--calibration FILE"),
+        (["--method", "awq"], "--method awq needs a text"),
         (["--calibration", "t.txt"], "need --method gptq"),
         (["--calibration-samples", "9"], "need --method gptq"),
         (["--calibration-length", "9"], "need --method gptq"),
-        (["--method", "gptq", "--calibration", "t.txt", "--scale-search"], "leave out"),
+        (["--method", "awq", "--calibration", "t.txt", "--scale-search"], "leave out"),
     ],
 )
 def test_options_that_do_not_go_together(options: list[str], wanted: str, tmp_path: Path) -> None:

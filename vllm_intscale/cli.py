@@ -10,7 +10,7 @@ import sys
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -45,6 +45,7 @@ class Method(StrEnum):
 
     RTN = "rtn"
     GPTQ = "gptq"
+    AWQ = "awq"
 
 
 @app.command()
@@ -79,14 +80,15 @@ def quantize(
     method: Annotated[
         Method,
         typer.Option(
-            help="rtn: round to nearest. gptq: choose codes for the activations of a text."
+            help="rtn: round to nearest. gptq: choose codes for the activations of a text. awq: "
+            "only scales, which is faster and needs less memory."
         ),
     ] = Method.RTN,
     calibration: Annotated[
         str | None,
         typer.Option(
             metavar="FILE|DATASET",
-            help='That text, for --method gptq: a file, plain or .jsonl with "text"; or '
+            help='That text, for gptq and awq: a file, plain or .jsonl with "text"; or '
             "ID[:CONFIG[:SPLIT]] of a dataset on the hub, or a folder of one.",
         ),
     ] = None,
@@ -112,22 +114,25 @@ def quantize(
 ) -> None:
     """Quantize a model: int4 weights, integer group scales, for int8 activations.
 
-    Weights are rounded to nearest, without data or a GPU, or chosen by GPTQ, which runs a text
-    through the model and needs it in memory. It takes outliers out of activations first.
+    Weights are rounded to nearest, without data or a GPU. GPTQ and AWQ run a text through the
+    model, which they need in memory, and take outliers out of activations first.
     """
     from vllm_intscale.inspection import inspect_model
     from vllm_intscale.quantize import Calibration, quantize_model
     from vllm_intscale.quantize.stream import check_output
 
     text = None
-    if method == Method.GPTQ:
+    if method != Method.RTN:
         if calibration is None:
-            raise IntScaleError("--method gptq needs a text: --calibration FILE or DATASET")
+            raise IntScaleError(f"--method {method} needs a text: --calibration FILE or DATASET")
         if scale_search:
-            raise IntScaleError("--method gptq searches scales already; leave out --scale-search")
-        text = Calibration(calibration, calibration_samples or 128, calibration_length)
+            raise IntScaleError(
+                f"--method {method} searches scales already; leave out --scale-search"
+            )
+        name: Literal["awq", "gptq"] = "awq" if method == Method.AWQ else "gptq"
+        text = Calibration(calibration, calibration_samples or 128, calibration_length, name)
     elif calibration or calibration_samples or calibration_length:
-        raise IntScaleError("--calibration and its samples and length need --method gptq")
+        raise IntScaleError("--calibration and its samples and length need --method gptq or awq")
     config = CheckpointConfig(
         group_size=group_size,
         amplifier=_parse_amplifier(amplifier),

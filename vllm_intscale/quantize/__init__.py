@@ -41,7 +41,7 @@ def quantize_model(
     revision: of the hub model. on_progress: called after each tensor. search: choose group scales
     for the least squared error of the weights, instead of the largest weight. resume: go on where a
     run of the same request was killed, if there was one. calibration: a text, for whose activations
-    codes are chosen (GPTQ); without, they are rounded to nearest.
+    the model is smoothed and codes or scales are chosen; without, weights are rounded to nearest.
 
     Raises IntScaleError, and leaves nothing behind, if anything is not as it must be.
     """
@@ -49,7 +49,8 @@ def quantize_model(
     folder = resolve(source, revision)
     method = "round to nearest" + (", scales searched" if search else "")
     if calibration:
-        method = f"GPTQ, {calibration.samples} samples of {calibration.name}"
+        name = calibration.method.upper()
+        method = f"{name}, {calibration.samples} samples of {calibration.name}"
     config = config or CheckpointConfig()
     origin = {**config.source, **_origin(source, folder), "method": method}
     wanted = dataclasses.replace(config, source=origin)

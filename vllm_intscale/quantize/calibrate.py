@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from torch import Tensor
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import Amplifier, LayerScheme
 from vllm_intscale.packing import unpack_codes
+from vllm_intscale.quantize import gptq, rtn
 from vllm_intscale.quantize.calibration import MAX_LENGTH, Calibration
-from vllm_intscale.quantize.gptq import Factor, factorize, quantize_rows
+from vllm_intscale.quantize.gptq import Factor, factorize, finite
 from vllm_intscale.quantize.loss import Loss, measure
 from vllm_intscale.quantize.rtn import QuantizedRows, heuristic_amplifier, smallest_scale
 from vllm_intscale.quantize.shards import OpenFiles
@@ -43,7 +44,7 @@ def calibrate(
     write: Callable[[Matrix, int, QuantizedRows, Loss], None],
     written: Callable[[Matrix], list[Tensor] | None] = lambda _: None,
 ) -> dict[str, Scales]:
-    """Smooth the model and quantize by GPTQ every matrix of `plan` that the text reaches.
+    """Smooth the model and quantize every matrix of `plan` that the text reaches.
 
     write: takes some rows of a matrix, the number of the first, and their loss. written: the three
     tensors of a matrix that a run which was killed has quantized; it is not done again. Returns
@@ -59,7 +60,7 @@ def calibrate(
     layers = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=None)
     if layers is None:
         raise IntScaleError(f"{plan.folder}: the model has no list of layers to calibrate")
-    watch = Watch(first_rows(plan, files))
+    watch = Watch(first_rows(plan, files), with_hessians=calibration.method == "gptq")
     smoother = Smoother(plan, files, model)
     matrices = {m.name: m for m in plan.matrices}
     scales: dict[str, Scales] = {}
@@ -118,15 +119,16 @@ def _quantize_stage(
     write: Callable[[Matrix, int, QuantizedRows, Loss], None],
 ) -> None:
     """Quantize these matrices for the inputs that they got, in the model too."""
-    factors: dict[int, Factor] = {}
+    known: dict[int, Factor | Tensor] = {}  # of inputs: for GPTQ, or their energy
     for m in plan.matrices:
         if m.name not in stage or m.scheme is None:
             continue
         seen = watch.inputs[m.name]
-        if seen.hessian is None or seen.tokens < MIN_TOKENS:
+        if seen.energy is None or seen.tokens < MIN_TOKENS:
             continue
-        if id(seen) not in factors:
-            factors[id(seen)] = factorize(seen.hessian)
+        if id(seen) not in known:
+            hessian = seen.hessian
+            known[id(seen)] = finite(seen.energy) if hessian is None else factorize(hessian)
         weight = watch.weights[m.name]
         where = f"{m.stored.file}: {m.name}"
         number = amplifier
@@ -134,10 +136,22 @@ def _quantize_stage(
             number = heuristic_amplifier(smallest_scale(where, weight, m.scheme))
         for row in range(0, m.shape[0], ROWS):
             part = weight[row : row + ROWS]
-            rows = quantize_rows(where, part, m.scheme, number, factors[id(seen)])
+            rows = _quantize_rows(where, part, m.scheme, number, known[id(seen)])
             loss = measure(part, rows, m.scheme.bits, seen)
             part.copy_(_dequantized(rows[:3], m.scheme))
             write(m, row, rows, loss)
+
+
+def _quantize_rows(
+    where: str,
+    weight: Tensor,
+    scheme: LayerScheme,
+    amplifier: Literal["channel"] | int,
+    inputs: Factor | Tensor,
+) -> QuantizedRows:
+    if isinstance(inputs, Factor):
+        return gptq.quantize_rows(where, weight, scheme, amplifier, inputs)
+    return rtn.quantize_rows(where, weight, scheme, amplifier, search=True, energy=inputs)
 
 
 def _dequantized(tensors: Sequence[Tensor], scheme: LayerScheme | None) -> Tensor:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vllm_intscale.errors import IntScaleError
 
@@ -19,12 +19,15 @@ class Calibration(NamedTuple):
     """What to calibrate with.
 
     source: a text file; a `.jsonl` file, whose lines have "text"; or DATASET[:CONFIG[:SPLIT]], a
-    hub id or a folder, whose rows have "text" or "messages" (split: train).
+    hub id or a folder, whose rows have "text" or "messages" (split: train). method: "gptq" chooses
+    codes and scales for the activations of the text, "awq" scales alone, codes being rounded to
+    nearest; both take outliers out of activations first.
     """
 
     source: str | Path
     samples: int = 128
     length: int | None = None  # tokens of a sample; None: as the model allows, at most MAX_LENGTH
+    method: Literal["gptq", "awq"] = "gptq"
 
     @property
     def name(self) -> str:

@@ -5,6 +5,12 @@ yet make up for it, as far as the inputs of the calibration text go. Columns are
 of their inputs' energy. That needs scales which do not depend on the order, and it needs the codes'
 real worth: so the integer scales are chosen first, from the weights as they were, and every code is
 rounded against S * channel_scale as it will be stored.
+
+Tried on the Llama of the README, 64 samples of 512 tokens (perplexity 11.973; unquantized 11.802):
+256 samples 11.974; four sweeps of coordinate descent over the codes afterwards 11.971; a Hadamard
+rotation of the residual stream 11.975; weights that make up for the error of the inputs, too (W + a
+W (X - X') X'^T H^-1, X' being what quantized layers before make of X) 11.976 for a = 1, 11.961 for
+a = 0.5. So a layer's squared error is nearly as small as it gets, and is not what is left.
 """
 
 from __future__ import annotations
@@ -48,9 +54,7 @@ def factorize(hessian: Tensor) -> Factor:
 
     Raises IntScaleError if inputs were not finite.
     """
-    energy = hessian.diagonal().double()
-    if not bool(energy.isfinite().all()):
-        raise IntScaleError("activations are NaN or Inf on the calibration text; check the model")
+    energy = finite(hessian.diagonal())
     order = energy.argsort(descending=True, stable=True)
     sorted_hessian = hessian[order][:, order]
     damping = DAMPING * float(energy.mean()) or 1.0
@@ -63,6 +67,13 @@ def factorize(hessian: Tensor) -> Factor:
             if not int(failed):
                 return Factor(order, upper, energy)
         damping *= 10  # float32 is not enough for this little
+
+
+def finite(energy: Tensor) -> Tensor:
+    """The energy of inputs, as float64. Raises IntScaleError if some were not finite."""
+    if not bool(energy.isfinite().all()):
+        raise IntScaleError("activations are NaN or Inf on the calibration text; check the model")
+    return energy.double()
 
 
 def quantize_rows(

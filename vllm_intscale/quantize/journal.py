@@ -84,7 +84,7 @@ def fingerprint(plan: Plan, search: bool, calibration: Calibration | None = None
     text = None
     if calibration:
         content_hash = hashlib.sha256(calibration.content().encode()).hexdigest()
-        text = [content_hash, calibration.samples, calibration.length]
+        text = [content_hash, *calibration[1:]]
     config = plan.config.to_dict()
     config["source"].pop("command", None)  # of the same request, it may be spelled otherwise
     files = {m.stored.file for m in plan.matrices}

@@ -57,9 +57,10 @@ def measure(weight: Tensor, rows: QuantizedRows, bits: int, inputs: Input | None
         return groups.flatten(1)
 
     def squared(x: Tensor) -> float:
-        if inputs is None or inputs.hessian is None:
-            return float(x.square().sum())
-        return float(((x @ inputs.hessian) * x).sum())
+        if inputs is not None and inputs.hessian is not None:
+            return float(((x @ inputs.hessian) * x).sum())
+        energy = 1.0 if inputs is None or inputs.energy is None else inputs.energy
+        return float((x.square() * energy).sum())  # as if no two columns went together
 
     stored = dequantized(rows.group_scale[some] * rows.channel_scale[some, None])
     loss = Loss(

@@ -55,11 +55,13 @@ def quantize_rows(
     scheme: LayerScheme,
     amplifier: Literal["channel"] | int,
     search: bool = False,
+    energy: Tensor | float = 1.0,
 ) -> QuantizedRows:
     """Quantize rows `[n, K]` of a weight of any float dtype.
 
     where: file and tensor, for errors. amplifier: "channel", or one number for all rows. search:
-    whether to look for the scales with the least squared error.
+    whether to look for the scales with the least squared error. energy: `[K]`, what the error of a
+    weight counts in that: its inputs' squares.
 
     Raises IntScaleError if a weight is NaN or infinite, or if a fixed amplifier makes a scale
     exceed int16 or lets an accumulator overflow.
@@ -68,7 +70,9 @@ def quantize_rows(
     scale = float_scales(where, groups, scheme.bits)
     channel = channel_scale(where, scale, scheme, amplifier)
     if search:
-        scale, _ = least_error(groups, clipped(scale), channel, scheme.bits)
+        if isinstance(energy, Tensor):
+            energy = energy.view(-1, scheme.group_size)
+        scale, _ = least_error(groups, clipped(scale), channel, scheme.bits, energy)
 
     def round_rows(rows: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
         return _round(groups[rows], scale[rows], channel, scheme.bits)

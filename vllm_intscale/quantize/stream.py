@@ -66,7 +66,7 @@ def write_checkpoint(
 
     Everything goes to `out` + ".partial" first, which is removed on any exception. search: see
     `rtn.quantize_rows`. resume: go on with such a folder of the same request, whose run was killed.
-    calibration: quantize by GPTQ what it reaches.
+    calibration: quantize what it reaches by its method.
 
     Raises IntScaleError if a folder is in the way, the disk too small, a weight NaN or infinite,
     or the chosen amplifier too large.
@@ -245,7 +245,7 @@ class _Work:
         before: Mapping[str, Outcome],
         finish: Callable[[Matrix, Outcome], None],
     ) -> tuple[dict[str, Outcome], dict[str, Scales]]:
-        """Quantize by GPTQ what the calibration reaches: outcomes, and scales of the rest.
+        """Quantize what the calibration reaches: outcomes, and scales of the rest.
 
         before: outcomes of a run that was killed.
         """

@@ -29,16 +29,20 @@ _STAGE = {**SERVED_AS, "w1": "gate_up_proj", "w3": "gate_up_proj"}
 class Input:
     """What a weight has been multiplied with."""
 
-    hessian: Tensor | None = None  # sum of x x^T, float32 [K, K]
+    hessian: Tensor | None = None  # sum of x x^T, float32 [K, K]; if it is wanted
+    energy: Tensor | None = None  # its diagonal, float32 [K]
     rounding: Tensor | None = None  # sum of what int8 changes in x, squared, float32 [K]
     tokens: int = 0
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, with_hessian: bool = True) -> None:
         """Rows `[M, K]`, float32."""
-        if self.hessian is None or self.rounding is None:
-            self.hessian = x.new_zeros(x.shape[1], x.shape[1])
-            self.rounding = x.new_zeros(x.shape[1])
-        self.hessian.addmm_(x.t(), x)
+        if self.energy is None or self.rounding is None:
+            self.energy, self.rounding = x.new_zeros(2, x.shape[1])
+        if with_hessian:
+            if self.hessian is None:
+                self.hessian = x.new_zeros(x.shape[1], x.shape[1])
+            self.hessian.addmm_(x.t(), x)
+        self.energy += x.square().sum(0)
         a8, token_scale = reference.quantize_activation(x)
         self.rounding += (a8 * token_scale[:, None] - x).square_().sum(0)
         self.tokens += x.shape[0]
@@ -49,6 +53,7 @@ class Watch(TorchFunctionMode):
     """Collects the inputs of the weights in `wanted`, by matrix; `order`: as they are met."""
 
     by_first_row: Mapping[bytes, list[Matrix]]
+    with_hessians: bool = True
     wanted: set[str] = field(default_factory=set)
     order: dict[str, None] = field(default_factory=dict)
     inputs: dict[str, Input] = field(default_factory=lambda: defaultdict(Input))
@@ -81,7 +86,7 @@ class Watch(TorchFunctionMode):
             return
         if self._last is None or self._last[0] is not x and not _same(self._last[0], x):
             seen = self.inputs[matrices[0].name]
-            seen.add(x.reshape(-1, x.shape[-1]).float())
+            seen.add(x.reshape(-1, x.shape[-1]).float(), self.with_hessians)
             self._last = x, seen
         for m in matrices:  # those that always get the same input share its sum
             self.inputs[m.name] = self._last[1]
