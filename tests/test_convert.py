@@ -24,7 +24,7 @@ from vllm_intscale.packing import unpack_codes
 from vllm_intscale.quantize import convert_model
 
 PACKED = Path(__file__).parent / "packed"
-SYMMETRIC = ("gptq", "awq", "compressed_tensors")
+SYMMETRIC = ("gptq", "awq", "compressed_tensors", "gptqmodel", "gptqmodel_v2")
 ASYMMETRIC = ("gptq_asym", "awq_asym", "auto_round_asym", "compressed_tensors_asym")
 LAYER = "model.layers.0.mlp.gate_proj"
 LAYERS = [f"model.layers.0.self_attn.{p}_proj" for p in "qkvo"]
@@ -59,7 +59,7 @@ def source_weight(source: str, tensors: dict[str, Tensor], layer: str) -> tuple[
         scale = t["scales"].double().numpy().T
     else:
         codes, zero = nibbles(t["qweight"], 0).T, nibbles(t["qzeros"], 1).T
-        zero = zero if source.startswith("auto_round") else zero + 1
+        zero = zero if source in ("auto_round_asym", "gptqmodel_v2") else zero + 1
         scale = t["scales"].double().numpy().T
     group_of = np.arange(codes.shape[1]) // 128
     if "g_idx" in t:
@@ -97,8 +97,25 @@ def test_symmetric_layers_keep_their_codes(source: str, tmp_path: Path) -> None:
         conversion = report.conversions[layer]
         assert conversion.kept_groups == conversion.groups == codes.size // 128
         assert conversion.error == pytest.approx(relative(codes * (step - scale), codes * scale))
-        assert relative(found * step - original[layer], original[layer]) < 0.13
+        limit = 0.17 if "gptqmodel" in source else 0.13  # GPTQ moves weights to keep outputs
+        assert relative(found * step - original[layer], original[layer]) < limit
     assert {"model.embed_tokens", "lm_head"} < {n for names in report.left.values() for n in names}
+
+
+def test_order_of_activation_is_rounded_again(tmp_path: Path) -> None:
+    """Where its groups are really scattered over k: with one group there is nothing to scatter."""
+    report = convert_model(str(PACKED / "gptqmodel_act_order"), tmp_path / "out")
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    packed = load_file(PACKED / "gptqmodel_act_order/model.safetensors")
+    for layer in LAYERS:
+        codes, scale = source_weight("gptq", packed, layer)
+        found, step = converted_weight(tensors, layer)
+        conversion = report.conversions[layer]
+        kept = layer != "model.layers.0.mlp.down_proj"
+        assert (found == codes).all() == kept
+        assert conversion.kept_groups == (conversion.groups if kept else 0)
+        error = relative(found * step - codes * scale, codes * scale)
+        assert conversion.error == pytest.approx(error, rel=1e-6) and error < 0.06
 
 
 @pytest.mark.parametrize("source", ASYMMETRIC)
