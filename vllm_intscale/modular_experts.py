@@ -26,7 +26,7 @@ from vllm_intscale.routing import grouped_rows
 def make_kernel(moe: FusedMoEConfig, layer: Any) -> FusedMoEKernel:
     """The experts of a `RoutedExperts` layer behind the all2all that vLLM was started with.
 
-    Raises IntScaleError for one that hands over tokens sorted and padded by expert.
+    Raises IntScaleError for one that vLLM does not know, or that batches tokens by expert.
     """
     prepare_finalize = maybe_make_prepare_finalize(
         moe=moe,
@@ -34,10 +34,11 @@ def make_kernel(moe: FusedMoEConfig, layer: Any) -> FusedMoEKernel:
         routing_tables=layer._expert_routing_tables(),
         allow_new_interface=True,
     )
-    if prepare_finalize.activation_format != IntScaleExperts.activation_format():
+    wanted = IntScaleExperts.activation_format()
+    if prepare_finalize is None or prepare_finalize.activation_format != wanted:
         raise IntScaleError(
-            f"--all2all-backend {moe.moe_parallel_config.all2all_backend} batches tokens by "
-            "expert, which intscale does not read; use allgather_reducescatter or "
+            f"--all2all-backend {moe.moe_parallel_config.all2all_backend} does not leave tokens in "
+            "their order, which intscale needs; use allgather_reducescatter or "
             "deepep_high_throughput"
         )
     return FusedMoEKernel(prepare_finalize, IntScaleExperts(moe, layer))

@@ -17,6 +17,10 @@ from typing import Any
 
 from vllm_intscale.errors import IntScaleError
 
+CODE = (  # of the process of an engine
+    "import json, pathlib, sys; from vllm_intscale.bench.throughput import measure; "
+    "pathlib.Path(sys.argv[3]).write_text(json.dumps(measure(*sys.argv[1:3])))"
+)
 BATCHES = (64, 256)  # requests
 PROMPT, ANSWER = 128, 128  # tokens of each
 
@@ -69,18 +73,13 @@ def main(model: str, *layouts: str) -> None:
     with TemporaryDirectory() as folder:
         result = Path(folder) / "rows.json"
         for layout in layouts:
-            code = (
-                "import json, pathlib, sys; from vllm_intscale.bench.throughput import measure; "
-                "pathlib.Path(sys.argv[3]).write_text(json.dumps(measure(*sys.argv[1:3])))"
-            )
-            command = [sys.executable, "-c", code, model, layout, str(result)]
+            command = [sys.executable, "-c", CODE, model, layout, str(result)]
             subprocess.run(command, check=True, stdout=sys.stderr)
-            rows += json.loads(result.read_text())
-            for row in rows[-len(BATCHES) :]:
-                print(
-                    f"{layout} batch {row['batch']}: {row['tokens_per_second']:.0f} tokens/s",
-                    flush=True,
-                )
+            found = json.loads(result.read_text())
+            for row in found:
+                speed = f"{row['tokens_per_second']:.0f} tokens/s"
+                print(f"{layout} batch {row['batch']}: {speed}", flush=True)
+            rows += found
     print(json.dumps(rows))
 
 
