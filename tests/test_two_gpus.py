@@ -25,6 +25,9 @@ pytestmark = [
 ]
 
 HERE = Path(__file__).parent
+FLIPPED = 0.5  # what flipped int8 codes change at most, see test_engine.py
+# What experts change besides that are folded in slices, each with its own rounding: 0.30 in float32.
+SLICED = 0.3
 PROMPTS = [list(range(3, 3 + n)) for n in (40, 17, 9)]
 
 
@@ -48,12 +51,12 @@ def test_shares_and_sums_equal_an_explicit_reference() -> None:
         assert rank.returncode == 0 and output.endswith("equal\n"), output[-3000:]
 
 
-def close(found: Logprobs, wanted: Logprobs) -> bool:
-    """Nearer than a quarter of what quantization changes: see test_gpu_models.py."""
+def close(found: Logprobs, wanted: Logprobs, largest: float = FLIPPED) -> bool:
+    """Half of them nearer than a quarter of what quantization changes (test_gpu_models.py)."""
     pairs = zip(found, wanted, strict=True)
     differences = torch.cat([(torch.tensor(a) - torch.tensor(b)).abs() for a, b in pairs])
     print(f"median {differences.median():.4f}, largest {differences.max():.4f}")
-    return bool(differences.median() < 0.2)
+    return bool(differences.median() < 0.2 and differences.max() < largest)
 
 
 @pytest.mark.e2e
@@ -65,9 +68,10 @@ def test_engines(checkpoint: Callable[..., Path], tmp_path: Path, kind: str) -> 
     one = logprobs(folder, tmp_path, PROMPTS)
     assert logprobs(folder, tmp_path, PROMPTS, pipeline_parallel_size=2) == one
     two = logprobs(folder, tmp_path, PROMPTS, tensor_parallel_size=2)
-    assert close(two, one)
     if kind == "llama":
+        assert close(two, one)
         return
+    assert close(two, one, FLIPPED + SLICED)
     experts = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     apart = logprobs(folder, tmp_path, PROMPTS, **experts)
     assert close(apart, one)

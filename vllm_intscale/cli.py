@@ -81,7 +81,7 @@ def quantize(
         Method,
         typer.Option(
             help="rtn: round to nearest. gptq: choose codes for the activations of a text. awq: "
-            "only scales, which is faster and needs less memory."
+            "only scales, which needs less memory."
         ),
     ] = Method.RTN,
     calibration: Annotated[
