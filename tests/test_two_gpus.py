@@ -26,7 +26,7 @@ pytestmark = [
 
 HERE = Path(__file__).parent
 FLIPPED = 0.5  # what flipped int8 codes change at most, see test_engine.py
-# What experts change besides that are folded in slices, each with its own rounding: 0.30 in float32.
+# What experts change besides that are folded in slices, each rounded by itself: 0.30 in float32.
 SLICED = 0.3
 PROMPTS = [list(range(3, 3 + n)) for n in (40, 17, 9)]
 
