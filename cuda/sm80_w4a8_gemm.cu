@@ -4,11 +4,13 @@
 //               * channel_scale[n] * token_scale[m] + bias[n]
 //
 // Contract (bit-identical to reference.gemm; "accumulate" form: the group scale multiplies the
-// int32 partial sum of its group)
+// int32 partial sum of its group). With BITS=8 w are int8 and S is 1: 8-bit layers, folded on the
+// host (reference.fold)
 //   a8           int8, the layout of common.cuh, k a multiple of 128 with its padding
 //   token_scale  float32 [rows]
-//   qweight      int4 tiles [n / 16][k / 128][2][32 lanes][16 bytes], see below
-//   group_scale  int16 [k / GROUP][n];  both with n a multiple of 128, zeros past that of the layer
+//   qweight      tiles [n / 16][k / 128][2 (BITS=8: 4)][32 lanes][16 bytes], see below
+//   group_scale  int16 [k / GROUP][n] (BITS=8: not read);  both with n a multiple of 128, zeros past
+//                that of the layer
 //   channel_scale float32 [n];  bias DTYPE [n] or nullptr
 //   out          DTYPE [m, n]; with -DDTYPE=INT32 the accumulators
 //   partials     int32 [tiles][splits][TILE_M][TILE_N], scratch; nullptr for one split
@@ -24,6 +26,9 @@
 //   word 1   the same                                                   k-step 0, k + 16
 //   word 2, word 3                                                      k-step 1, k + 32, k + 48
 //
+// With BITS=8 they are those of one k-step: a word is four w of channel row, k + 0, of row + 8, of
+// row, k + 16, and of row + 8.
+//
 // A nibble is two's complement. Kept in the upper half of its byte it is 16 * w as int8, which
 // costs a shift and a mask less per word than sign extension; the partial sum of a group is then
 // 16 times too large (at most 128 * 8 * 127 * 16 < 2^21) and an exact shift puts it right.
@@ -32,9 +37,9 @@
 // (WARPS_M) and k (WARPS_K: each takes every WARPS_K-th slice of 128 k; integer sums may be
 // split freely). A stage of shared memory holds 128 * WARPS_K of k:
 //
-//   weights  [WARPS_K slices][TILE_N / 16][2][32 lanes][16 B]
+//   weights  [WARPS_K slices][TILE_N / 16][2 (BITS=8: 4)][32 lanes][16 B]
 //   tokens   [WARPS_K slices][TILE_M][128 B], 16-byte chunk c of row r at chunk c ^ (r % 8)
-//   scales   [WARPS_K slices][128 / GROUP][TILE_N] int16
+//   scales   [WARPS_K slices][128 / GROUP][TILE_N] int16 (BITS=8: none)
 //
 // Where tiles are fewer than multiprocessors, `splits` blocks share a tile's k. Each leaves its
 // sums in `partials`; the last one adds them up. The counters of those that are done are the flags
@@ -46,10 +51,12 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kSlice = 128;                       // k of one warp and stage
 constexpr int kRowTiles = TILE_N / WARPS_N / 16;  // of one warp, 16 channels each
 constexpr int kTokenTiles = TILE_M / WARPS_M / 8;
-constexpr int kGroups = kSlice / GROUP;  // of one slice
+constexpr int kGroups = BITS == 4 ? kSlice / GROUP : 0;  // of one slice, that have scales
 
 // 16-byte chunks of a slice
-constexpr int kWeightChunks = TILE_N * kSlice / 2 / 16;
+constexpr int kRowTileBytes = 16 * kSlice * BITS / 8;
+constexpr int kRowTileChunks = kRowTileBytes / 16;
+constexpr int kWeightChunks = TILE_N / 16 * kRowTileChunks;
 constexpr int kTokenChunks = TILE_M * kSlice / 16;
 constexpr int kScaleChunks = kGroups * TILE_N * 2 / 16;
 constexpr int kTokensAt = WARPS_K * kWeightChunks * 16;  // in a stage, bytes
@@ -63,7 +70,7 @@ using Accumulators = int[kRowTiles][kTokenTiles][4];  // of a warp's tile
 
 template <int chunks>  // of a slice: how many copies of a thread they are in a stage
 constexpr int kCopies = (WARPS_K * chunks + kThreads - 1) / kThreads;
-static_assert(kCopies<kScaleChunks> == 1, "a thread copies at most one chunk of scales");
+static_assert(kCopies<kScaleChunks> <= 1, "a thread copies at most one chunk of scales");
 
 // Where a thread's chunks of the next stage come from.
 struct Sources {
@@ -101,12 +108,14 @@ __device__ __forceinline__ TokenTile token_tile(const int4* tiles, int m) {
 // Fills one stage of shared memory, and moves on to the next. What lies past the end becomes zeros.
 __device__ __forceinline__ void load_weights(Sources& from, uint32_t stage, int k_blocks) {
   for_own_chunks<kWeightChunks>([&](int j, int slice) {
-    const int tile = j * kThreads % kWeightChunks / 64, own_slice = j * kThreads / kWeightChunks;
-    copy16(stage + (threadIdx.x + j * kThreads) * 16,
-           from.weights + (tile * k_blocks + own_slice) * 1024,
+    const int at = j * kThreads;
+    const int tile = at % kWeightChunks / kRowTileChunks, own_slice = at / kWeightChunks;
+    const int chunk = at % kRowTileChunks;  // 0 unless a row tile has more chunks than threads
+    copy16(stage + (threadIdx.x + at) * 16,
+           from.weights + (tile * k_blocks + own_slice) * kRowTileBytes + chunk * 16,
            WARPS_K == 1 || slice < from.weight_slices);
   });
-  from.weights += WARPS_K * 1024;
+  from.weights += WARPS_K * kRowTileBytes;
   from.weight_slices -= WARPS_K;
 }
 __device__ __forceinline__ void load_tokens(Sources& from, uint32_t stage, int rows_padded,
@@ -116,10 +125,12 @@ __device__ __forceinline__ void load_tokens(Sources& from, uint32_t stage, int r
     copy16(stage + kTokensAt + (chunk + j * kThreads) * 16, from.tokens + from.token[j],
            WARPS_K == 1 || slice < from.token_slices);
   });
-  for_own_chunks<kScaleChunks>([&](int, int slice) {
-    copy16(stage + kScalesAt + threadIdx.x * 16, from.scales,
-           WARPS_K == 1 || slice < from.token_slices);
-  });
+  if constexpr (kScaleChunks > 0) {
+    for_own_chunks<kScaleChunks>([&](int, int slice) {
+      copy16(stage + kScalesAt + threadIdx.x * 16, from.scales,
+             WARPS_K == 1 || slice < from.token_slices);
+    });
+  }
   from.tokens += int64_t(rows_padded) * (WARPS_K * 128);
   from.scales += row_tiles * (WARPS_K * kGroups * 32);
   from.token_slices -= WARPS_K;
@@ -154,13 +165,30 @@ __device__ __forceinline__ void load_operands(Tokens& b, uint32_t stage, int sli
 __device__ __forceinline__ void multiply(Accumulators& acc, const Tokens& b, const uint8_t* stage,
                                          int slice, int warp_n) {
   const int lane = threadIdx.x % 32;
-  const uint8_t* weights = stage + (slice * (TILE_N / 16) + warp_n * kRowTiles) * 1024 + lane * 16;
+  const uint8_t* weights =
+      stage + (slice * (TILE_N / 16) + warp_n * kRowTiles) * kRowTileBytes + lane * 16;
+#if BITS == 8
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int step = 0; step < kSlice / 32; ++step) {
+      const uint4 v = *reinterpret_cast<const uint4*>(weights + r * kRowTileBytes + step * 512);
+      const uint32_t a[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t) {
+        int (&c)[4] = acc[r][t];
+        const uint32_t (&b_half)[4] = b[t][step / 2];
+        mma_s8(c, a, b_half[step % 2 * 2], b_half[step % 2 * 2 + 1], c[0], c[1], c[2], c[3]);
+      }
+    }
+  }
+#else
   const int16_t* scales = reinterpret_cast<const int16_t*>(stage + kScalesAt) +
                           slice * kGroups * TILE_N + warp_n * kRowTiles * 16 + lane / 4;
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
-    const uint4 v0 = *reinterpret_cast<const uint4*>(weights + r * 1024);
-    const uint4 v1 = *reinterpret_cast<const uint4*>(weights + r * 1024 + 512);
+    const uint4 v0 = *reinterpret_cast<const uint4*>(weights + r * kRowTileBytes);
+    const uint4 v1 = *reinterpret_cast<const uint4*>(weights + r * kRowTileBytes + 512);
     const uint32_t w[8] = {v0.x, v0.y, v0.z, v0.w, v1.x, v1.y, v1.z, v1.w};
     int partial[kTokenTiles][4];
 #pragma unroll
@@ -183,6 +211,7 @@ __device__ __forceinline__ void multiply(Accumulators& acc, const Tokens& b, con
       if ((k + 32) % GROUP == 0) add_group(acc[r], partial, scales + k / GROUP * TILE_N + r * 16);
     }
   }
+#endif
 }
 
 // Sums the WARPS_K partial tiles into `tile` int [TILE_M][kOutPitch], one k-slice at a time.
@@ -263,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
 #if GROUPED
   if (int(blockIdx.x) >= *tile_count) return;
   const int64_t expert = token_tile(tiles, m).expert;
-  qweight += expert * row_tiles * k_blocks * 1024;
+  qweight += expert * row_tiles * k_blocks * kRowTileBytes;
   group_scale += expert * k_blocks * kGroups * row_tiles * 16;
   channel_scale += expert * n;
 #endif
@@ -275,9 +304,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
   const int end = k_blocks * (blockIdx.z + 1) / gridDim.z;
   Sources from;
   {
-    const int tile = threadIdx.x % kWeightChunks / 64, slice = threadIdx.x / kWeightChunks;
-    from.weights = qweight + threadIdx.x % 64 * 16 +
-                   (int64_t(n0 / 16 + tile) * k_blocks + begin + slice) * 1024;
+    const int tile = threadIdx.x % kWeightChunks / kRowTileChunks;
+    const int slice = threadIdx.x / kWeightChunks;
+    from.weights = qweight + threadIdx.x % kRowTileChunks * 16 +
+                   (int64_t(n0 / 16 + tile) * k_blocks + begin + slice) * kRowTileBytes;
     const int group = threadIdx.x / (TILE_N / 8), channel = n0 + threadIdx.x % (TILE_N / 8) * 8;
     from.scales = reinterpret_cast<const uint8_t*>(
         group_scale + (int64_t(begin) * kGroups + group) * (row_tiles * 16) + channel);

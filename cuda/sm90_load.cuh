@@ -130,16 +130,20 @@ __device__ __forceinline__ void build_tables(const Problem& p, const Shared& s, 
       barrier_wait(barriers + kFull, ring.parity);
       if (turn == 0) {
 #pragma unroll
-        for (int i = 0; i < kChannelBlocks * kGroups; ++i) {  // block, group
-          const int block = i / kGroups, group = i % kGroups;
-          uint32_t fields;
-          asm volatile("ld.shared.u32 %0, [%1];"
-                       : "=r"(fields)
-                       : "r"(weights + block * kBlockBytes + kNibbleBytes + group * 128 + lane * 4)
-                       : "memory");
-          const uint32_t tables = weights + kWeightBytes + (i * 64 + lane * 2) * 16;
-          store_shared(tables, build_table(fields & 0xffff, unit[block][0]));
-          store_shared(tables + 16, build_table(fields >> 16, unit[block][1]));
+        for (int block = 0; block < kChannelBlocks; ++block) {
+#pragma unroll
+          for (int group = 0; group < kGroups; ++group) {
+            uint32_t fields;
+            asm volatile(
+                "ld.shared.u32 %0, [%1];"
+                : "=r"(fields)
+                : "r"(weights + block * kBlockBytes + kCodeBytes + group * 128 + lane * 4)
+                : "memory");
+            const uint32_t tables =
+                weights + kWeightBytes + ((block * kGroups + group) * 64 + lane * 2) * 16;
+            store_shared(tables, build_table(fields & 0xffff, unit[block][0]));
+            store_shared(tables + 16, build_table(fields >> 16, unit[block][1]));
+          }
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(barriers + kReady);

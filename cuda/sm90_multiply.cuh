@@ -9,8 +9,10 @@ __device__ __forceinline__ int channel_of(int thread) { return thread / 32 * 16 
 
 struct Operands {           // of a thread
   uint32_t a[2][BATCH][4];  // unpacked: one set is multiplied while the other is made
-  uint32_t words[8];        // of a stage, two a k-step: the first channel's nibbles, the second's
-  uint4 low, high;          // tables of the two channels, for the group at hand
+#if BITS == 4
+  uint32_t words[8];  // of a stage, two a k-step: the first channel's nibbles, the second's
+  uint4 low, high;    // tables of the two channels, for the group at hand
+#endif
 };
 
 struct Addresses {  // of a thread, in stage 0
@@ -29,6 +31,7 @@ __device__ __forceinline__ Addresses addresses(const Shared& s, int warpgroup, i
           all_ones()};
 }
 
+#if BITS == 4
 __device__ __forceinline__ void load_tables(Operands& v, uint32_t at) {
 #if FOLD
   v.low = load_shared(at);
@@ -37,6 +40,7 @@ __device__ __forceinline__ void load_tables(Operands& v, uint32_t at) {
   v.low = v.high = identity_table();
 #endif
 }
+#endif
 
 // Lets a stage be filled again, by all blocks that fill it. `empty`: its barrier.
 __device__ __forceinline__ void release(uint32_t empty) {
@@ -48,15 +52,18 @@ __device__ __forceinline__ void release(uint32_t empty) {
   }
 }
 
-// Waits for a stage, and loads its words and the tables of its first group.
+// Waits for a stage, and loads its words and the tables of its first group; 8-bit weights `unpack`
+// loads, straight into the operands.
 __device__ __forceinline__ void load_weights(Operands& v, const Addresses& from, const Ring& ring) {
   // A table is built after its stage is full.
-  barrier_wait(from.barriers + ring.barriers() + (FOLD ? kReady : kFull), ring.parity);
+  barrier_wait(from.barriers + ring.barriers() + (TABLES ? kReady : kFull), ring.parity);
+#if BITS == 4
   const uint4 v0 = load_shared(from.words + ring.offset);
   const uint4 v1 = load_shared(from.words + ring.offset + 2048);
   v.words[0] = v0.x, v.words[1] = v0.y, v.words[2] = v0.z, v.words[3] = v0.w;
   v.words[4] = v1.x, v.words[5] = v1.y, v.words[6] = v1.z, v.words[7] = v1.w;
   load_tables(v, from.tables + ring.offset);
+#endif
 }
 
 // Makes the operands of BATCH k-steps from `first` on, of the stage at `ring`.
@@ -65,12 +72,17 @@ __device__ __forceinline__ void unpack(Operands& v, const Addresses& from, const
 #pragma unroll
   for (int j = 0; j < BATCH; ++j) {
     const int step = first + j;
+    uint32_t (&a)[4] = v.a[first / BATCH % 2][j];
+#if BITS == 8
+    const uint4 words = load_shared(from.words + ring.offset + step * 2048);
+    a[0] = words.x, a[1] = words.y, a[2] = words.z, a[3] = words.w;
+#else
     if (step > 0 && step * 32 % GROUP == 0) {
       load_tables(v, from.tables + ring.offset + step * 32 / GROUP * 64 * 16);
     }
-    uint32_t (&a)[4] = v.a[first / BATCH % 2][j];
     look_up(a[0], a[2], v.words[2 * step], v.low, from.ones);
     look_up(a[1], a[3], v.words[2 * step + 1], v.high, from.ones);
+#endif
   }
 }
 
@@ -136,7 +148,7 @@ __device__ __forceinline__ void multiply_stage(Accumulator (&acc)[kAccumulators]
       wgmma_wait<0>();
       const int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128;
       const uint32_t scales = from.stage + now.offset + kTokenBytes + warpgroup * kBlockBytes +
-                              kNibbleBytes + (step * 32 / GROUP * 64 + channel_of(thread)) * 2;
+                              kCodeBytes + (step * 32 / GROUP * 64 + channel_of(thread)) * 2;
       read = add_group(acc, partial, scales);
     }
 #endif

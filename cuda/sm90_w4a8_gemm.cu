@@ -2,13 +2,14 @@
 //
 //   FOLD=1   out[m, n] = float(sum_k a8[m, k] * w8[n, k]) * channel_scale[n] * token_scale[m]
 //                        + bias[n],  w8 of fold.cuh       (reference.fold, then reference.gemm)
+//   BITS=8   the same, with w8 in the weight as they are: 8-bit layers, folded on the host
 //   FOLD=0   the same with sum_g S[n, g] * sum_{k in g} a8[m, k] * w4[n, k]    (reference.gemm)
 //
 // Contract (bit-identical to the reference)
 //   a8            int8, the layout of common.cuh, m_pad rows (m rounded up to 8), and its flags
 //   token_scale   float32 [m]
 //   weight        blocks of 64 channels x 128 k, [ceil(n / 128)][ceil(k / 128)][2][block], as below
-//   unit          float32 [n rounded up to 128], 127 / m of fold.cuh (FOLD=0: not read)
+//   unit          float32 [n rounded up to 128], 127 / m of fold.cuh (else: not read)
 //   channel_scale float32 [n];  bias DTYPE [n] or nullptr
 //   out           DTYPE [m, n rounded up to 8]; with -DDTYPE=INT32 the accumulators
 //   partials      int32 [blocks of the grid][tile], scratch; read if tiles are streamed
@@ -33,14 +34,17 @@
 //                                     k + 16 + 4 t + 0..3 (codes: fold.cuh)
 //   [128 / GROUP][64] uint16          the scales: fields of fold.cuh (FOLD=0: S as int16)
 //
+// With BITS=8 it is [4 k-steps][128 threads][4 words]: registers of the operand, w8 of k + 4 t + 0..3
+// first, second, of k + 16 + 4 t + 0..3 first, second. No scales.
+//
 // One stage of shared memory is 128 k of a tile:
 //
 //   tokens [TILE_M][128]    the B operand, swizzled as it lies in global memory
-//   weights [kChannelBlocks][block], tables [kChannelBlocks][128 / GROUP][64][16] (FOLD=1)
+//   weights [kChannelBlocks][block], tables [kChannelBlocks][128 / GROUP][64][16] (TABLES)
 //
 //     load warp ---full--> table warps (3) ---ready--> multiplying warpgroups ---empty--> load warp
 //
-// Without FOLD there are no tables and the multipliers wait for `full` themselves. Which tile comes
+// Without tables the multipliers wait for `full` themselves. Which tile comes
 // next only the load warp works out, and announces it to the others.
 #include "common.cuh"
 #include "fold.cuh"
@@ -48,18 +52,19 @@
 
 // Three warpgroups of 128 accumulators a thread: 160 registers, one set of operands.
 #define FEW_REGISTERS (TILE_M == 256 && WARPGROUPS == 3)
+#define TABLES (FOLD && BITS == 4)
 constexpr int kThreads = 128 * (WARPGROUPS + 1);  // the last warpgroup loads and builds tables
 constexpr int kMultipliers = 128 * WARPGROUPS;
 constexpr int kChannelBlocks = WARPGROUPS / SLICES;  // of 64 channels, of a tile
 constexpr int kTableWarps = 3;
 constexpr int kStageK = 128;
-constexpr int kGroups = kStageK / GROUP;
+constexpr int kGroups = BITS == 4 ? kStageK / GROUP : 0;  // that have scales
 constexpr int kSteps = kStageK / 32;
-constexpr int kNibbleBytes = 64 * kStageK / 2;
-constexpr int kBlockBytes = kNibbleBytes + kGroups * 64 * 2;
+constexpr int kCodeBytes = 64 * kStageK * BITS / 8;
+constexpr int kBlockBytes = kCodeBytes + kGroups * 64 * 2;
 constexpr int kWeightBytes = kChannelBlocks * kBlockBytes;
 constexpr int kTokenBytes = TILE_M * kStageK;
-constexpr int kTableBytes = FOLD ? kChannelBlocks * kGroups * 64 * 16 : 0;
+constexpr int kTableBytes = TABLES ? kChannelBlocks * kGroups * 64 * 16 : 0;
 constexpr int kStageBytes = kTokenBytes + (kWeightBytes + kTableBytes + 1023) / 1024 * 1024;
 constexpr int kFull = 0, kReady = 8, kEmpty = 16;  // barriers of a stage, see Ring
 constexpr int kTokenBlocks = TILE_M / 8;           // a thread holds 2 channels x 2 tokens of each
@@ -173,7 +178,7 @@ __device__ __forceinline__ void store_global(void* p, uint4 v, bool valid) {
 // GROUPED: k_count + 65536 * (followers - kLeft), tokens + 65536 * expert.
 constexpr int kSlotBytes = 32;
 constexpr int kAnnounced = 16, kReceived = 24;
-constexpr int kReceivers = kMultipliers / 32 + (FOLD ? kTableWarps : 0);  // warps
+constexpr int kReceivers = kMultipliers / 32 + (TABLES ? kTableWarps : 0);  // warps
 
 __device__ __forceinline__ void announce(const Shared& s, int number, const Piece& piece) {
   const uint32_t slot = s.pieces + number % 2 * kSlotBytes;
@@ -305,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
     if (SHARE > 1) cluster_wait();  // the same, for copies to them
     if (warp % 4 == 0) {
       load(p, s, Schedule(p));
-    } else if (FOLD) {
+    } else if (TABLES) {
       build_tables(p, s, warp % 4 - 1, threadIdx.x % 32);
     }
     if (SHARE == 1 && clustered) cluster_wait();

@@ -21,16 +21,19 @@ def weight(
     *,
     seed: int = 0,
     device: str = "cpu",
+    bits: int = 4,
     foldable: bool = False,
 ) -> Weight:
     """Gaussian codes, group scales of both signs, channel scales over four decades.
 
     foldable: without the code -8 in groups of a negative scale.
     """
+    limit = 1 << (bits - 1)
     rng = torch.Generator(device).manual_seed(seed)
-    codes = (torch.randn(n, k, generator=rng, device=device) * 3).round().clamp(-8, 7)
+    codes = torch.randn(n, k, generator=rng, device=device) * (limit * 0.375)
+    codes = codes.round().clamp(-limit, limit - 1)
     sign = torch.randint(0, 2, (n, k // group_size), generator=rng, device=device) * 2 - 1
-    scale = torch.randint(0, 256, sign.shape, generator=rng, device=device) * sign
+    scale = torch.randint(0, 2048 // limit, sign.shape, generator=rng, device=device) * sign
     channel = 10 ** (torch.rand(n, generator=rng, device=device) * 4 - 6)
     if foldable:
         codes = torch.where(
@@ -61,9 +64,9 @@ def activation(m: int, k: int, *, seed: int = 1, device: str = "cpu") -> tuple[T
     return a8.to(torch.int8), 10 ** (torch.rand(m, generator=rng, device=device) * 2 - 3)
 
 
-def packed(weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
+def packed(weight: Weight, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     """The checkpoint's tensors: qweight, group_scale, channel_scale."""
-    return pack_codes(weight.codes, 4), weight.group_scale, weight.channel_scale
+    return pack_codes(weight.codes, bits), weight.group_scale, weight.channel_scale
 
 
 def routing(m: int, topk: int, experts: int, kind: str, *, seed: int = 2) -> tuple[Tensor, Tensor]:

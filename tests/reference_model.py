@@ -20,11 +20,11 @@ ROW_PARALLEL = ("o_proj", "down_proj")
 Tensors = dict[str, Tensor]
 
 
-def weight_of(tensors: Tensors, layer: str) -> reference.Weight:
+def weight_of(tensors: Tensors, layer: str, bits: int = 4) -> reference.Weight:
     qweight, group_scale, channel_scale = (
         tensors[f"{layer}.{name}"] for name in ("qweight", "group_scale", "channel_scale")
     )
-    return reference.Weight(unpack_codes(qweight, 4), group_scale, channel_scale)
+    return reference.Weight(unpack_codes(qweight, bits), group_scale, channel_scale)
 
 
 def input_slice(weight: reference.Weight, rank: int, ranks: int) -> reference.Weight:
@@ -91,14 +91,16 @@ class Experts(nn.Module):
         return out
 
 
-def load(folder: Path, dtype: torch.dtype, ranks: int = 1, folded: bool = False) -> nn.Module:
+def load(
+    folder: Path, dtype: torch.dtype, ranks: int = 1, folded: bool = False, bits: int = 4
+) -> nn.Module:
     """The model of a checkpoint as `ranks` tensor-parallel ranks compute it.
 
-    folded: with `reference.fold` of every weight, as on Hopper.
+    folded: with `reference.fold` of every weight, as on Hopper. bits: of all layers.
     """
 
     def weight(layer: str) -> reference.Weight:
-        stored = weight_of(tensors, layer)
+        stored = weight_of(tensors, layer, bits)
         return reference.fold(stored) if folded else stored
 
     config = AutoConfig.from_pretrained(folder)

@@ -5,20 +5,21 @@ proof that racecheck would see a missing barrier."""
 from __future__ import annotations
 
 import argparse
-import itertools
 
 import torch
-from generators import activation, assert_same_bits, packed, routing, weight
-
-from vllm_intscale import (
-    activations,
-    cuda_backend,
-    jit,
-    reference,
-    sm80_gemm,
-    sm90_gemm,
-    sm90_tiles,
+from generators import activation, routing
+from gpu_layers import (
+    FAMILIES,
+    arithmetic,
+    expert_stack,
+    grouped_variants,
+    prepared,
+    prepared_stack,
+    variants,
+    weight_for,
 )
+
+from vllm_intscale import activations, cuda_backend, jit, reference
 
 
 def main() -> None:
@@ -33,47 +34,32 @@ def main() -> None:
         jit.read_source = lambda file: read(file).replace(
             remove[1] if file == remove[0] else "\0", ""
         )
-    hopper = torch.cuda.get_device_capability()[0] == 9 and not options.portable
+    families = [f for f in FAMILIES if f.startswith("sm80") or not options.portable]
     for n, k, group_size in ((40, 1056, 32), (132, 384, 128)):
-        w = weight(n, k, group_size, foldable=True)
-        qweight, group_scale, channel_scale = (t.cuda() for t in packed(w))
-        a8, token_scale = activation(35, k)
-        runs = [
-            (w, (*sm80_gemm.prepare_weight(qweight, group_scale), channel_scale), tile, splits)
-            for tile, splits in itertools.product(sm80_gemm.TILES, (1, 2))
-        ]
-        for form in sm90_tiles.FORMS if hopper else ():
-            exact = reference.fold(w) if form == "fold" else w
-            ready = sm90_gemm.prepare_weight(w.codes.cuda(), group_scale, channel_scale, form)
-            for tile in sm90_tiles.tiles(form):
-                runs += [
-                    (exact, ready, tile, splits)
-                    for splits in (1, 2)
-                    if splits in tile.splits(k, group_size, form)
-                ]
-        for exact, ready, tile, splits in runs:
-            blocked = activations.swizzle(a8.cuda())
-            y = cuda_backend.gemm(
-                blocked, token_scale.cuda(), *ready, None, torch.int32, tile, splits
-            )
-            if not remove:
-                acc = reference.accumulate(a8, exact.codes, exact.group_scale)
-                assert_same_bits(y.cpu(), acc)
+        a8, token_scale = activation(35, k, device="cuda")
+        blocked = activations.swizzle(a8)
+        for family in families:
+            w = weight_for(family, n, k, group_size, device="cuda")
+            ready, exact = prepared(w, family), arithmetic(w, family)
+            acc = reference.accumulate(a8, exact.codes, exact.group_scale)
+            for tile, splits in variants(family, k, group_size, (1, 2)):
+                if splits in (1, 2):
+                    y = cuda_backend.gemm(
+                        blocked, token_scale, *ready, None, torch.int32, tile, splits
+                    )
+                    assert remove or torch.equal(y, acc)
     if remove:
         return
-    experts = [
-        [packed(weight(n, 64, 32, seed=e, foldable=True)) for e in range(4)] for n in (128, 64)
-    ]
     weights, ids = (t.cuda() for t in routing(35, 2, 4, "holes"))
     x = torch.randn(35, 64, device="cuda", dtype=torch.bfloat16)
-    for family in ("sm80", *(sm90_tiles.FORMS if hopper else ())):
-        stacks = []
-        for stack in experts:
-            tensors = [torch.stack(t).cuda() for t in zip(*stack, strict=True)]
-            stacks.append(cuda_backend.prepare_stack(*tensors, family))
-        tiles = sm80_gemm.TILES if family == "sm80" else sm90_tiles.grouped_tiles(family)
-        for tile in tiles:
-            cuda_backend.moe(x, *stacks, weights, ids, None, False, plans=[(tile, 1)] * 2)
+    for family in families:
+        stacks = [
+            prepared_stack(expert_stack(4, n, 64, 32, family, device="cuda"), family)
+            for n in (128, 64)
+        ]
+        for tile, splits in grouped_variants(family, 64, 32):
+            if splits == 1:
+                cuda_backend.moe(x, *stacks, weights, ids, None, False, plans=[(tile, 1)] * 2)
     torch.cuda.synchronize()
 
 

@@ -9,6 +9,7 @@ import torch
 from generators import CHANNELS, INPUTS, activation, assert_same_bits, routing
 from gpu_layers import (
     FAMILIES,
+    FAMILIES_AND_GROUPS,
     HALF,
     HOPPER,
     NEEDS_GPU,
@@ -21,7 +22,7 @@ from gpu_layers import (
 
 from vllm_intscale import activations, cuda_backend, ops, reference, sm90_gemm
 from vllm_intscale.routing import Routing, group_rows
-from vllm_intscale.sm90_tiles import FORMS
+from vllm_intscale.sm90_tiles import FORMS, INT8
 
 pytestmark = NEEDS_GPU
 ROUTINGS = ("random", "skewed", "one", "holes")
@@ -119,8 +120,7 @@ def check_grouped_gemm(n: int, k: int, group_size: int, family: str) -> None:
                 assert_same_bits(y[row], wanted[dtype], case)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("family", "group_size"), FAMILIES_AND_GROUPS)
 @pytest.mark.parametrize(("n", "k"), STACKS)
 def test_grouped_gemm_equals_reference(n: int, k: int, group_size: int, family: str) -> None:
     check_grouped_gemm(n, k, group_size, family)
@@ -133,7 +133,7 @@ def test_grouped_gemm_odd_shapes(n: int, k: int, group_size: int, family: str) -
 
 
 @pytest.mark.skipif(not HOPPER, reason="streams tiles on Hopper only")
-@pytest.mark.parametrize("family", FORMS)
+@pytest.mark.parametrize("family", [*FORMS, INT8])
 @pytest.mark.parametrize("multiprocessors", [2, 7, 16])
 def test_streamed_tiles_of_experts(
     multiprocessors: int, family: str, monkeypatch: pytest.MonkeyPatch

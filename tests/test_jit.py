@@ -66,16 +66,19 @@ def test_every_variant_compiles_without_local_memory(arch: int, tmp_path: Path) 
     nvrtc = pytest.importorskip("cupy", reason="needs CuPy and NVRTC").cuda.nvrtc
     variants: set[jit.Kernel] = set()
     for dtype, group_size in itertools.product((torch.bfloat16, torch.float16), (32, 64, 128)):
-        w = generators.weight(64, 128, group_size, foldable=True)
-        packed = generators.packed(w)
-        families = ("sm80", *(sm90_tiles.FORMS if arch == 90 else ()))
-        for family in families:
+        hopper = (*sm90_tiles.FORMS, sm90_tiles.INT8) if arch == 90 else ()
+        for family in ("sm80", "sm80_int8", *hopper):
+            bits = 8 if family.endswith(sm90_tiles.INT8) else 4
+            w = generators.weight(64, 128, group_size, bits=bits, foldable=True)
+            packed = generators.packed(w, bits)
             matrix = cuda_backend.prepare_matrix(*packed, family)
             stack = cuda_backend.prepare_stack(*(t[None] for t in packed), family)
             for weight in (matrix, stack):
                 variants.update(cuda_backend.kernels(weight[:2], dtype))
     row_kernels = 4 * 2 + 1
-    assert len(variants) == row_kernels + (7 * 2 + (17 + 12 if arch == 90 else 0)) * 3 * 2
+    int4 = 7 * 2 + (17 + 12 if arch == 90 else 0)  # for each group size
+    int8 = 7 * 2 + (11 + 8 if arch == 90 else 0)
+    assert len(variants) == row_kernels + (int4 * 3 + int8) * 2
     for kernel in variants:
         source = jit.read_source(kernel.file)
         options = [*jit.compile_options(kernel), "-ftz=true"]

@@ -25,14 +25,17 @@ from generators import (
 )
 from gpu_layers import (
     FAMILIES,
+    FAMILIES_AND_GROUPS,
     HALF,
     NEEDS_GPU,
     arithmetic,
+    bits_of,
     expert_stack,
     prepared,
     prepared_stack,
     rows_of_trouble,
     variants,
+    weight_for,
 )
 
 from vllm_intscale import activations, cuda_backend, jit, ops, reference
@@ -61,7 +64,7 @@ def check_gemm(
     ready = prepared(w, family)
     group_size = k // w.group_scale.shape[1]
     for m, (tile, split) in itertools.product(tokens, variants(family, k, group_size, splits)):
-        if family == "sm80" and (split or 1) > 1 and not tile.can_split(m, n):
+        if family.startswith("sm80") and (split or 1) > 1 and not tile.can_split(m, n):
             continue
         blocked = activations.swizzle(a8[:m])
         for dtype in (torch.int32, *HALF):
@@ -70,13 +73,12 @@ def check_gemm(
             assert_same_bits(y, expected[dtype][:m], f"M={m} N={n} K={k} {dtype} {tile} {split}")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("family", "group_size"), FAMILIES_AND_GROUPS)
 @pytest.mark.parametrize("k", INPUTS)
 @pytest.mark.parametrize("n", CHANNELS)
 def test_gemm_equals_reference(n: int, k: int, group_size: int, family: str) -> None:
     tokens = TOKENS if n * k <= 4096 * 4096 else (1, 16, 17, 65, 257, 4097)
-    w = weight(n, k, group_size, device="cuda", foldable=family == "fold")
+    w = weight_for(family, n, k, group_size, device="cuda")
     check_gemm(w, tokens, family, (1, 5))
 
 
@@ -89,23 +91,25 @@ def test_gemm_equals_reference(n: int, k: int, group_size: int, family: str) -> 
     ],
 )
 def test_gemm_odd_shapes(n: int, k: int, group_size: int, family: str) -> None:
-    w = weight(n, k, group_size, device="cuda", foldable=family == "fold")
+    w = weight_for(family, n, k, group_size, device="cuda")
     check_gemm(w, (1, 2, 17, 130), family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gemm_gate_up_layer(family: str) -> None:
-    w = weight(28672, 4096, 128, device="cuda", foldable=family == "fold")
+    w = weight_for(family, 28672, 4096, 128, device="cuda")
     check_gemm(w, (1, 17, 64, 300), family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("family", "group_size"), FAMILIES_AND_GROUPS)
 @pytest.mark.parametrize("k", [128, 4096, 14336])
 def test_gemm_at_the_accumulator_bound(k: int, group_size: int, family: str) -> None:
     w = extreme_weight(64, k, group_size, device="cuda")
-    if family == "fold":  # the int8 weights at +-127, which only K limits
-        codes = torch.where(torch.arange(k, device="cuda") % 3 > 0, 7, -7).expand(64, -1)
+    folded = family == "fold" or bits_of(family) == 8
+    if folded:  # the int8 weights at +-127, which only K limits
+        largest = 7 if family == "fold" else 127
+        sign = torch.where(torch.arange(k, device="cuda") % 3 > 0, 1, -1).expand(64, -1)
+        codes = sign * largest
         scale = w.group_scale.clamp(-8191, 8191)
         w = w._replace(codes=codes.to(torch.int8).contiguous(), group_scale=scale)
     a8 = torch.full((5, k), 127, dtype=torch.int8, device="cuda")
@@ -115,7 +119,7 @@ def test_gemm_at_the_accumulator_bound(k: int, group_size: int, family: str) -> 
     token_scale = torch.ones(5, device="cuda")
     exact = arithmetic(w, family)
     acc = reference.accumulate(a8, exact.codes, exact.group_scale)
-    assert int(acc.abs().max()) > 2**31 * 0.9 or k == 128 or family == "fold"
+    assert int(acc.abs().max()) > 2**31 * 0.9 or k == 128 or folded
     every = variants(family, k, group_size)
     for (tile, split), dtype in itertools.product(every, (torch.int32, *HALF)):
         ready, blocked = prepared(w, family), activations.swizzle(a8)
@@ -130,7 +134,7 @@ def test_gemm_at_the_accumulator_bound(k: int, group_size: int, family: str) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gemm_sees_every_input(family: str) -> None:
     """One changed code, scale or activation changes exactly the outputs it feeds."""
-    w = weight(96, 256, 128, device="cuda", foldable=True)
+    w = weight(96, 256, 128, device="cuda", bits=bits_of(family), foldable=True)
     w.group_scale[w.group_scale == 0] = 1
     a8, token_scale = activation(40, 256, device="cuda")
     a8[a8 == 0] = 1
@@ -145,7 +149,8 @@ def test_gemm_sees_every_input(family: str) -> None:
         codes[n, k] = 5 if codes[n, k] != 5 else -5
         changed = run(w._replace(codes=codes), a8) != base
         assert changed[:, n].any() and int(changed.sum()) == int(changed[:, n].sum())
-        assert changed[:, n].all() or family == "fold"  # where small codes may round alike
+        folded = family == "fold" or bits_of(family) == 8  # then small codes may round alike
+        assert changed[:, n].all() or folded
         scale = w.group_scale.clone()
         scale[n, k // 128] += 40
         changed = run(w._replace(group_scale=scale), a8) != base
@@ -172,7 +177,7 @@ def test_quantize_activation_equals_reference(k: int, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_alone_equals_linear_in_a_batch(dtype: torch.dtype, family: str) -> None:
-    w = weight(1408, 512, 128, device="cuda", foldable=family == "fold")
+    w = weight_for(family, 1408, 512, 128, device="cuda")
     x = torch.cat([rows_of_trouble(512, dtype)] * 5).cuda()[:64]
     ready = prepared(w, family)
 
@@ -234,7 +239,7 @@ def test_no_compile_inside_capture() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reruns_give_the_same_bits(family: str) -> None:
-    w = prepared(weight(1408, 4096, 128, device="cuda", foldable=True), family)
+    w = prepared(weight_for(family, 1408, 4096, 128, device="cuda"), family)
     a8, scale = activation(129, 4096, device="cuda")
     a8 = activations.swizzle(a8)
     for tile, split in variants(family, 4096, 128):
@@ -248,7 +253,7 @@ def test_no_variant_uses_local_memory() -> None:
     for dtype, group_size in itertools.product(HALF, (32, 64, 128)):
         w = weight(128, 128, group_size, device="cuda", foldable=True)
         weights = [prepared(w, family)[:2] for family in FAMILIES]
-        weights.append(prepared_stack([w])[:2])
+        weights += [prepared_stack([w], family)[:2] for family in FAMILIES]
         for kernel in itertools.chain(*(cuda_backend.kernels(each, dtype) for each in weights)):
             assert jit.load(kernel, 0).attributes["local_size_bytes"] == 0, str(kernel)
 

@@ -239,6 +239,18 @@ def test_hopper_layout_holds_the_fold_exactly(
     assert_same_bits(channel_scale, w.channel_scale)
 
 
+@pytest.mark.parametrize(("n", "k"), [(17, 96), (250, 704), (1100, 128)])
+def test_8_bit_layers_are_folded_when_they_are_loaded(n: int, k: int) -> None:
+    """In the layouts of both kernels, which have nothing but int8 weights then."""
+    w = weight(n, k, 32, bits=8)
+    folded = reference.fold(w)
+    for family, module in ((sm90_tiles.INT8, sm90_gemm), ("sm80_int8", sm80_gemm)):
+        ready = cuda_backend.prepare_matrix(*packed(w, 8), family)
+        assert_same_bits(module.integer_weight(*ready[:2], n, k), folded.codes.int())
+        assert_same_bits(ready[2], folded.channel_scale)
+        assert f"{sm90_tiles.INT8} form" in cuda_backend.describe(*ready[:2])
+
+
 def test_every_tie_that_a_scale_of_eight_bits_can_make_is_folded_exactly() -> None:
     """Ties are where a product in float32 could round the wrong way: every S at every m up to
     8 * 255 that is a multiple of 127 or even, the only ones with a tie."""
@@ -292,7 +304,7 @@ def test_choice_of_tile_covers_every_shape() -> None:
         (1, 64, 1000, 152_064),
         (32, 128, 1408, 29_568),
         (32, 64, 128),
-        sm90_tiles.FORMS,
+        (*sm90_tiles.FORMS, sm90_tiles.INT8),
         (114, 132),
     ):
         tile, splits = sm90_tiles.choose(m, n, k, group_size, form, multiprocessors)
@@ -331,20 +343,22 @@ def test_portable_choice_of_tile_covers_every_shape() -> None:
     """On an A100, an L40S and an H100; and every tile can be launched on all of them."""
     chips = [sm80_gemm.Chip(108, 167_936), sm80_gemm.Chip(142, 102_400)]
     chips.append(sm80_gemm.Chip(132, 233_472))
-    for m, n, k, group_size, chip in itertools.product(
+    layouts = [sm80_gemm.Layout(4, group_size) for group_size in (32, 64, 128)]
+    layouts.append(sm80_gemm.Layout(8, 128))
+    for m, n, k, layout, chip in itertools.product(
         (1, 9, 64, 65, 1000, 100_000),
         (1, 64, 1000, 152_064),
         (32, 128, 1408, 29_568),
-        (32, 64, 128),
+        layouts,
         chips,
     ):
         k_blocks = -(-k // sm80_gemm.BLOCK_K)
-        tile, splits = sm80_gemm.choose(m, n, k_blocks, group_size, chip)
+        tile, splits = sm80_gemm.choose(m, n, k_blocks, layout, chip)
         assert 1 <= splits <= k_blocks and (splits == 1 or tile.can_split(m, n))
-        assert sm80_gemm.choose(m, n, k_blocks, group_size, chip, (1,))[1] == 1
+        assert sm80_gemm.choose(m, n, k_blocks, layout, chip, (1,))[1] == 1
     limit = 99 * 1024  # of a block on sm_86, sm_89 and sm_120
-    for tile, group_size in itertools.product(sm80_gemm.TILES, (32, 64, 128)):
-        assert tile.shared_bytes(group_size) <= limit
+    for tile, layout in itertools.product(sm80_gemm.TILES, layouts):
+        assert tile.shared_bytes(layout) <= limit and tile.stages_of(layout) >= 2
 
 
 def test_activations_without_flags_are_refused() -> None:

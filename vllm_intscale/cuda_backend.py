@@ -16,18 +16,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_intscale import jit, sm80_gemm, sm90_gemm, sm90_tiles
+from vllm_intscale import jit, reference, sm80_gemm, sm90_gemm, sm90_tiles
 from vllm_intscale.activations import new_activation
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.packing import unpack_codes
+from vllm_intscale.reference import Weight
 from vllm_intscale.routing import KERNEL as ROUTING
 from vllm_intscale.routing import Routing, group_rows
+from vllm_intscale.sm90_tiles import INT8
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.int32: 2}  # DTYPE in common.cuh
 ROW_THREADS = 256
 MAX_ROW_THREADS = 1024  # kMaxThreads of activation.cu
 HELD_COLUMNS = 16  # of a thread of quantize_activation, kHeld * kVector of activation.cu
 MAX_ROW_BLOCKS = 8  # of a portable cluster
+ROWS = 1024  # of 8-bit weights folded at a time: bounds the extra memory
 MAX_ROW_BYTES = 96 * 1024  # shared memory for one row of silu_mul_quantize
 
 
@@ -42,8 +45,9 @@ def _dtype_code(dtype: torch.dtype) -> int:
 def describe(qweight: Tensor, group_scale: Tensor) -> str:
     """What runs a prepared weight, for the log."""
     if _is_hopper_layout(qweight):
-        return f"sm90_w4a8_gemm (wgmma, {_form_of(group_scale)} form)"
-    return "sm80_w4a8_gemm (mma.sync, accumulate form)"
+        return f"sm90_w4a8_gemm (wgmma, {sm90_gemm.form_of(qweight, group_scale)} form)"
+    bits = sm80_gemm.layout_of(qweight, group_scale).bits
+    return f"sm80_w4a8_gemm (mma.sync, {'accumulate' if bits == 4 else INT8} form)"
 
 
 # ---- weights and activations --------------------------------------------------------------------
@@ -51,10 +55,6 @@ def describe(qweight: Tensor, group_scale: Tensor) -> str:
 
 def _is_hopper_layout(qweight: Tensor) -> bool:
     return qweight.dtype == torch.uint8
-
-
-def _form_of(group_scale: Tensor) -> str:
-    return "fold" if group_scale.numel() else "accumulate"
 
 
 Agree = Callable[[bool], bool]  # whether something holds on all ranks, of which each tells its own
@@ -88,24 +88,46 @@ def prepare_weight(
     """Checkpoint layout to that of the kernels, see `sm90_gemm` and `sm80_gemm.prepare_weight`.
 
     A stack `[E, ...]` is one of experts, all of one form; agree: on all ranks that have some.
+    8-bit weights compute as `reference.fold` has them, on every GPU.
     """
-    assert bits == 4  # loading refuses others
     hopper = torch.cuda.get_device_capability(qweight.device)[0] == 9
-    if qweight.dim() == 2:
-        family = _hopper_form([(qweight, group_scale)]) if hopper else "sm80"
-        return prepare_matrix(qweight, group_scale, channel_scale, family)
-    experts = zip(qweight, group_scale, strict=True)
-    family = _hopper_form(experts, agree) if hopper else "sm80"
-    return prepare_stack(qweight, group_scale, channel_scale, family)
+    stack = qweight.dim() == 3
+    if bits == 8:
+        family = INT8 if hopper else "sm80_int8"
+    elif hopper:
+        experts = zip(qweight, group_scale, strict=True) if stack else [(qweight, group_scale)]
+        family = _hopper_form(experts, agree)
+    else:
+        family = "sm80"
+    prepare = prepare_stack if stack else prepare_matrix
+    return prepare(qweight, group_scale, channel_scale, family)
 
 
 def prepare_matrix(
     qweight: Tensor, group_scale: Tensor, channel_scale: Tensor, family: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For the portable kernel ("sm80"), or for the Hopper kernel in one of its forms."""
+    """For the portable kernel, "sm80" or "sm80_int8", or for a form of the Hopper kernel.
+
+    The forms are `sm90_tiles.FORMS` and, for 8-bit weights, INT8.
+    """
+    if family in (INT8, "sm80_int8"):
+        codes, channel_scale = _fold(qweight, group_scale, channel_scale)
+        module = sm90_gemm if family == INT8 else sm80_gemm
+        return *module.prepare_int8(codes), channel_scale
     if family == "sm80":
         return *sm80_gemm.prepare_weight(qweight, group_scale), channel_scale
     return sm90_gemm.prepare_weight(unpack_codes(qweight, 4), group_scale, channel_scale, family)
+
+
+def _fold(qweight: Tensor, group_scale: Tensor, channel_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.fold` of 8-bit weights, some rows at a time: int8 `[N, K]` and float32 `[N]`."""
+    parts = [
+        reference.fold(Weight(unpack_codes(words, 8), *scales))
+        for words, *scales in zip(
+            *(t.split(ROWS) for t in (qweight, group_scale, channel_scale)), strict=True
+        )
+    ]
+    return torch.cat([p.codes for p in parts]), torch.cat([p.channel_scale for p in parts])
 
 
 def prepare_stack(
@@ -149,11 +171,12 @@ def kernels(weight: tuple[Tensor, Tensor], dtype: torch.dtype) -> list[jit.Kerne
     if experts:
         needed.append(ROUTING)
     if _is_hopper_layout(qweight):
-        form, group_size = _form_of(group_scale), sm90_gemm.group_size_of(qweight)
+        form = sm90_gemm.form_of(qweight, group_scale)
+        group_size = sm90_gemm.group_size_of(qweight)
         tiles = sm90_tiles.grouped_tiles(form) if experts else sm90_tiles.tiles(form)
         return needed + [t.kernel(group_size, form, code, grouped=experts) for t in tiles]
-    group_size = sm80_gemm.group_size_of(qweight, group_scale)
-    return needed + [tile.kernel(group_size, code, grouped=experts) for tile in sm80_gemm.TILES]
+    layout = sm80_gemm.layout_of(qweight, group_scale)
+    return needed + [tile.kernel(layout, code, grouped=experts) for tile in sm80_gemm.TILES]
 
 
 def warm_up(weight: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
@@ -315,7 +338,7 @@ def _choose_grouped(
             scale.shape[1],
             blocks.shape[2] * sm90_tiles.BLOCK_K,
             sm90_gemm.group_size_of(blocks),
-            _form_of(unit),
+            sm90_gemm.form_of(blocks, unit),
         )
         for blocks, unit, scale in stacks
     )

@@ -56,7 +56,7 @@ class IntScaleLinearMethod(LinearMethodBase):  # type: ignore[misc]
     ) -> None:
         """Register the parameters. Raises IntScaleError if this rank's part cannot run."""
         n, k = sum(output_partition_sizes), input_size_per_partition
-        loading.check_runnable(self.prefix, self.scheme)
+        loading.check_runnable(self.prefix)
         scheme = loading.partition_scheme(self.prefix, self.scheme, input_size, input_size // k)
         group_split = self.scheme.group_size // scheme.group_size
         self.local_scheme, self.local_k = scheme, k

@@ -23,8 +23,8 @@ logger = init_logger("vllm.intscale")
 BLANK = {"qweight": 0, "group_scale": torch.iinfo(torch.int16).min, "channel_scale": torch.nan}
 
 
-def check_runnable(where: str, scheme: LayerScheme) -> None:
-    """Raise IntScaleError if no kernel of this platform runs a layer of this scheme."""
+def check_runnable(where: str) -> None:
+    """Raise IntScaleError if this platform has no kernels or the load format no weights."""
     config = get_current_vllm_config_or_none()
     if config is not None and config.load_config.load_format == "dummy":
         raise IntScaleError(
@@ -37,11 +37,6 @@ def check_runnable(where: str, scheme: LayerScheme) -> None:
         raise IntScaleError(
             f"{where}: platform {current_platform.device_name!r} is not supported; intscale runs "
             "on NVIDIA GPUs and on CPU"
-        )
-    if scheme.bits != 4:
-        raise IntScaleError(
-            f"{where}: {scheme.bits}-bit weights run on CPU only; quantize again with bits 4 for "
-            "this layer, or put it into ignore"
         )
 
 

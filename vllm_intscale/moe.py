@@ -60,7 +60,7 @@ class IntScaleMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         **extra_weight_attrs: Any,
     ) -> None:
         """Register the parameters. Raises IntScaleError if this rank's part cannot run."""
-        loading.check_runnable(self.prefix, self.scheme)
+        loading.check_runnable(self.prefix)
         self._check_moe()
         hidden, inner, tp_size = hidden_size, intermediate_size_per_partition, self.moe.tp_size
         self.local_sizes = {"w13": (2 * inner, hidden), "w2": (hidden, inner)}

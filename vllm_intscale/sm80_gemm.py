@@ -15,6 +15,7 @@ from vllm_intscale.packing import unpack_codes
 from vllm_intscale.routing import Routing
 
 BLOCK_N = BLOCK_K = 128  # what a prepared weight is padded to
+SHARED_BYTES = 99 * 1024  # of a block, on a GPU of sm_86, sm_89 or sm_120
 
 
 class Chip(NamedTuple):
@@ -22,6 +23,13 @@ class Chip(NamedTuple):
 
     multiprocessors: int
     shared_bytes: int  # of a multiprocessor
+
+
+class Layout(NamedTuple):
+    """Of a prepared weight. 8-bit ones have no groups, and are taken as one of 128."""
+
+    bits: int
+    group_size: int
 
 
 class Tile(NamedTuple):
@@ -48,30 +56,40 @@ class Tile(NamedTuple):
         """Whether there are flags for all tiles of M x N, with which blocks that share one meet."""
         return 4 * -(-m // self.m) * -(-n // self.n) <= FLAG_BYTES
 
-    def shared_bytes(self, group_size: int) -> int:
+    def _stage_bytes(self, layout: Layout) -> int:
         stage_k = BLOCK_K * self.warps_k
-        stage_bytes = self.n * stage_k // 2 + self.m * stage_k + stage_k // group_size * self.n * 2
-        return max(self.stages * stage_bytes, 4 * self.m * (self.n + 4))
+        scales = 2 * stage_k // layout.group_size if layout.bits == 4 else 0
+        return self.n * (stage_k * layout.bits // 8 + scales) + self.m * stage_k
 
-    def blocks_of(self, chip: Chip, group_size: int) -> int:
+    def stages_of(self, layout: Layout) -> int:
+        """As many as measured best for 4 bits, or as fit."""
+        return min(self.stages, SHARED_BYTES // self._stage_bytes(layout))
+
+    def shared_bytes(self, layout: Layout) -> int:
+        ring = self.stages_of(layout) * self._stage_bytes(layout)
+        return max(ring, 4 * self.m * (self.n + 4))
+
+    def blocks_of(self, chip: Chip, layout: Layout) -> int:
         """How many blocks a multiprocessor holds at once."""
         reserved = 1024  # shared memory of a block that CUDA keeps
-        return max(
-            1, min(self.blocks, chip.shared_bytes // (self.shared_bytes(group_size) + reserved))
-        )
+        return max(1, min(self.blocks, chip.shared_bytes // (self.shared_bytes(layout) + reserved)))
 
-    def kernel(self, group_size: int, dtype_code: int, grouped: bool) -> jit.Kernel:
-        names = ("TILE_N", "TILE_M", "WARPS_N", "WARPS_M", "WARPS_K", "STAGES", "BLOCKS")
+    def kernel(self, layout: Layout, dtype_code: int, grouped: bool) -> jit.Kernel:
+        defines = {
+            "TILE_N": self.n,
+            "TILE_M": self.m,
+            "WARPS_N": self.warps_n,
+            "WARPS_M": self.warps_m,
+            "WARPS_K": self.warps_k,
+            "STAGES": self.stages_of(layout),
+            "BLOCKS": self.blocks,
+            "BITS": layout.bits,
+            "GROUP": layout.group_size,
+            "GROUPED": int(grouped),
+            "DTYPE": dtype_code,
+        }
         return jit.Kernel(
-            "sm80_w4a8_gemm.cu",
-            "w4a8_gemm",
-            (
-                *zip(names, self[:-1], strict=True),
-                ("GROUP", group_size),
-                ("GROUPED", int(grouped)),
-                ("DTYPE", dtype_code),
-            ),
-            self.shared_bytes(group_size),
+            "sm80_w4a8_gemm.cu", "w4a8_gemm", tuple(defines.items()), self.shared_bytes(layout)
         )
 
 
@@ -100,7 +118,7 @@ def choose(
     m: int,
     n: int,
     k_blocks: int,
-    group_size: int,
+    layout: Layout,
     chip: Chip,
     splits: tuple[int, ...] = SPLITS,
 ) -> tuple[Tile, int]:
@@ -114,7 +132,7 @@ def choose(
     def cost(option: tuple[Tile, int]) -> float:
         tile, split = option
         tiles = -(-n // tile.n) * -(-m // tile.m)
-        resident = tile.blocks_of(chip, group_size)
+        resident = tile.blocks_of(chip, layout)
         rounds = tiles * split / (chip.multiprocessors * resident)
         if split > 1 and (rounds > 1 or not tile.can_split(m, n)):
             return math.inf
@@ -139,8 +157,8 @@ def choose_grouped(slots: int, weight: tuple[Tensor, Tensor, Tensor]) -> Tile:
     assert qweight.device.index is not None
     experts = min(slots, qweight.shape[0])
     m, n = -(-slots // experts), experts * channel_scale.shape[1]
-    group_size, chip = group_size_of(qweight, group_scale), chip_of(qweight.device.index)
-    return choose(m, n, qweight.shape[-3], group_size, chip, (1,))[0]
+    layout, chip = layout_of(qweight, group_scale), chip_of(qweight.device.index)
+    return choose(m, n, qweight.shape[-3], layout, chip, (1,))[0]
 
 
 # ---- weight layout ------------------------------------------------------------------------------
@@ -164,21 +182,41 @@ def prepare_weight(qweight: Tensor, group_scale: Tensor) -> tuple[Tensor, Tensor
     return tiles, torch.nn.functional.pad(group_scale.mT, (0, pad_n, 0, pad_groups)).contiguous()
 
 
+def prepare_int8(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 weights `[N, K]` to tiles int32 `[N/16, K/128, 128, 4]`; group scales int16 `[1, N]`: 1.
+
+    N and K are padded to 128 by zeros.
+    """
+    n, k = codes.shape
+    codes = torch.nn.functional.pad(codes, (0, -k % BLOCK_K, 0, -n % BLOCK_N))
+    # [tile, row half, row, k tile, step, k half, t, byte] to the order in memory
+    parts = codes.view(-1, 2, 8, codes.shape[1] // BLOCK_K, 4, 2, 4, 4)
+    parts = parts.permute(0, 3, 4, 2, 6, 5, 1, 7).contiguous()
+    tiles = parts.view(torch.int32).reshape(parts.shape[0], parts.shape[1], 128, 4)
+    return tiles, torch.ones(1, len(codes), dtype=torch.int16, device=codes.device)
+
+
 def integer_weight(qweight: Tensor, group_scale: Tensor, n: int, k: int) -> Tensor:
     """`code * S`, int32 `[N, K]`, of a prepared weight of N x K."""
+    layout = layout_of(qweight, group_scale)
+    if layout.bits == 8:
+        parts = qweight.contiguous().view(torch.int8).view(*qweight.shape[:2], 4, 8, 4, 2, 2, 4)
+        codes = parts.permute(0, 6, 3, 1, 2, 5, 4, 7).reshape(qweight.shape[0] * 16, -1)
+        return codes[:n, :k].to(torch.int32)
     packed = qweight.contiguous().view(torch.int8).view(qweight.shape[0], -1, 8, 4, 4, 4)
     nibbles = torch.stack(((packed << 4) >> 4, packed >> 4), dim=-1)
     codes = nibbles.permute(0, 6, 2, 1, 4, 3, 5).reshape(qweight.shape[0] * 16, -1)[:n, :k]
     scale = group_scale[:, :n].mT.to(torch.int32)
-    return codes * scale.repeat_interleave(group_size_of(qweight, group_scale), dim=1)[:, :k]
+    return codes * scale.repeat_interleave(layout.group_size, dim=1)[:, :k]
 
 
 # ---- launch -------------------------------------------------------------------------------------
 
 
-def group_size_of(qweight: Tensor, group_scale: Tensor) -> int:
-    """Of a prepared weight."""
-    return qweight.shape[-3] * BLOCK_K // group_scale.shape[-2]
+def layout_of(qweight: Tensor, group_scale: Tensor) -> Layout:
+    if qweight.shape[-2] == 128:
+        return Layout(8, BLOCK_K)
+    return Layout(4, qweight.shape[-3] * BLOCK_K // group_scale.shape[-2])
 
 
 def gemm(
@@ -198,13 +236,13 @@ def gemm(
     """
     qweight, group_scale, channel_scale = weight
     m, n = token_scale.shape[0], channel_scale.shape[-1]
-    k_blocks, group_size = qweight.shape[-3], group_size_of(qweight, group_scale)
+    k_blocks, layout = qweight.shape[-3], layout_of(qweight, group_scale)
     if tile is None:
         assert a8.device.index is not None and not routing
         chip = chip_of(a8.device.index)
-        tile, splits = choose(m, n, k_blocks, group_size, chip)
+        tile, splits = choose(m, n, k_blocks, layout, chip)
     splits = splits or 1
-    kernel = tile.kernel(group_size, dtype_code, routing is not None)
+    kernel = tile.kernel(layout, dtype_code, routing is not None)
     m_tiles = routing.tiles.shape[0] if routing else -(-m // tile.m)
     n_tiles = -(-n // tile.n)
     partials = None

@@ -2,6 +2,7 @@
 
 Two forms of the arithmetic (`sm90_tiles.FORMS`): "fold" multiplies by int8 weights with the group
 scale in them, "accumulate" scales int32 partial sums. A layer has one form for all batch sizes.
+8-bit layers fold, too, when they are loaded, and stay int8 ("int8").
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from vllm_intscale import jit, reference
 from vllm_intscale.activations import FLAG_BYTES, check_flags
 from vllm_intscale.routing import Routing
-from vllm_intscale.sm90_tiles import BLOCK_K, STREAMED, Tile, choose
+from vllm_intscale.sm90_tiles import BLOCK_K, INT8, INT8_BLOCK_BYTES, STREAMED, Tile, choose
 
 # With |S| up to this, m is below 2**13, and no product that is not a tie comes nearer to one than
 # 2**-14; float32 is 8 times closer. A field has room for 13 bits.
@@ -90,6 +91,20 @@ def prepare_weight(
     return blocks, unit, channel_scale
 
 
+def prepare_int8(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 weights `[N, K]` to blocks uint8 `[N/128, K/128, 2, 8192]` and unit, float32 ones `[N]`.
+
+    N and K are padded to 128 by zeros.
+    """
+    n, k = codes.shape
+    codes = torch.nn.functional.pad(codes, (0, -k % BLOCK_K, 0, -n % 128))
+    # [block, warp, channel half, g, k block, step, k half, t, byte] to the order in memory
+    parts = codes.view(-1, 4, 2, 8, codes.shape[1] // BLOCK_K, 4, 2, 4, 4)
+    parts = parts.permute(0, 4, 5, 1, 3, 7, 6, 2, 8).reshape(parts.shape[0], parts.shape[4], -1)
+    blocks = parts.view(torch.uint8).unflatten(0, (-1, 2)).transpose(1, 2).contiguous()
+    return blocks, torch.ones(len(codes), device=codes.device)
+
+
 def _prepare_rows(
     codes: Tensor, group_scale: Tensor, channel_scale: Tensor, form: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,15 +141,28 @@ def _prepare_rows(
     return blocks, unit, channel_scale
 
 
-def group_size_of(blocks: Tensor) -> int:
+def form_of(blocks: Tensor, unit: Tensor) -> str:
     """Of a prepared weight."""
+    if blocks.shape[-1] == INT8_BLOCK_BYTES:
+        return INT8
+    return "fold" if unit.numel() else "accumulate"
+
+
+def group_size_of(blocks: Tensor) -> int:
+    """Of a prepared weight; int8 ones have no groups, and are taken as one of 128."""
+    if blocks.shape[-1] == INT8_BLOCK_BYTES:
+        return BLOCK_K
     return BLOCK_K * 128 // (blocks.shape[-1] - 4096)
 
 
 def integer_weight(blocks: Tensor, unit: Tensor, n: int, k: int) -> Tensor:
     """The integers that channel_scale multiplies, int32 `[N, K]`, of a prepared weight."""
     n_blocks, k_blocks, group_size = blocks.shape[0] * 2, blocks.shape[1], group_size_of(blocks)
-    blocks = blocks.transpose(1, 2).flatten(0, 1)
+    form, blocks = form_of(blocks, unit), blocks.transpose(1, 2).flatten(0, 1)
+    if form == INT8:
+        parts = blocks.contiguous().view(torch.int8).view(n_blocks, k_blocks, 4, 4, 8, 4, 2, 2, 4)
+        codes = parts.permute(0, 3, 7, 4, 1, 2, 6, 5, 8).reshape(n_blocks * 64, -1)
+        return codes[:n, :k].to(torch.int32)
     packed = blocks[..., :4096].contiguous()
     nibbles = torch.stack((packed & 15, packed >> 4), dim=-1)
     nibbles = nibbles.view(n_blocks, k_blocks, 2, 4, 8, 4, 2, 2, 2, 4)
@@ -144,7 +172,7 @@ def integer_weight(blocks: Tensor, unit: Tensor, n: int, k: int) -> Tensor:
     scales = blocks[..., 4096:].contiguous().view(torch.int16)
     scales = scales.view(n_blocks, k_blocks, -1, 64).permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
     scales = scales[:n, : -(-k // group_size)].to(torch.int32)
-    if not unit.numel():
+    if form == "accumulate":
         return codes * scales.repeat_interleave(group_size, dim=1)[:, :k]
     correction = ((scales & 7) ^ 4) - 4
     factor = _factor((scales & 0xFFFF) >> 3, unit[:n], correction)
@@ -236,7 +264,7 @@ def gemm(
     """
     blocks, unit, channel_scale = weight
     (m, n), (k_blocks, m_pad) = out.shape, a8.shape[:2]
-    form, device = "fold" if unit.numel() else "accumulate", a8.device.index
+    form, device = form_of(blocks, unit), a8.device.index
     assert device is not None
     most = routing.tiles.shape[0] if routing else m
     shape = (most, n, k_blocks, group_size_of(blocks), form, dtype_code, multiprocessors_of(device))

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 from vllm_intscale import jit
 
-FORMS = ("fold", "accumulate")
+FORMS = ("fold", "accumulate")  # of int4 weights
+INT8 = "int8"  # of 8-bit ones: "fold", done when they are loaded
 BLOCK_K = 128
+INT8_BLOCK_BYTES = 64 * BLOCK_K  # of 64 channels; of int4 ones less
 SHARED_BYTES = 227 * 1024  # of a block, at most
 MULTIPROCESSOR_BYTES = 228 * 1024  # of its blocks and 1 KB for each
 MAX_SPLITS = 8  # blocks of a portable cluster
@@ -51,8 +53,12 @@ class Tile(NamedTuple):
         """Bytes of a stage without its barriers, and of what is there once."""
         groups = BLOCK_K // group_size
         channel_blocks = self.warpgroups // self.slices
-        tables = channel_blocks * groups * 64 * 16 if form == "fold" else 0
-        weights = channel_blocks * (4096 + groups * 128) + tables
+        of_block = 4096 + groups * 128
+        if form == INT8:
+            of_block = INT8_BLOCK_BYTES
+        elif form == "fold":
+            of_block += groups * 64 * 16
+        weights = channel_blocks * of_block
         # Staging, token scales; pieces, a barrier, and what aligning partial sums may skip.
         fixed = self.warpgroups * (2 * min(self.m, 16) * 128 + max(self.m, 16) * 4) + 112
         return self.m * BLOCK_K + -(-weights // 1024) * 1024, fixed
@@ -97,9 +103,10 @@ class Tile(NamedTuple):
             "WARPGROUPS": self.warpgroups,
             "STAGES": self.stages_of(group_size, form),
             "MIN_BLOCKS": self.blocks,
-            "BATCH": self.batch if form == "fold" else 1,
+            "BATCH": 1 if form == "accumulate" else self.batch,
+            "BITS": 8 if form == INT8 else 4,
             "GROUP": group_size,
-            "FOLD": int(form == "fold"),
+            "FOLD": int(form != "accumulate"),
             "SHARE": self.share,
             "SLICES": self.slices,
             "GROUPED": int(grouped),
@@ -141,6 +148,8 @@ WEIGHT_US = 0.28
 
 def tiles(form: str) -> tuple[Tile, ...]:
     """Those that a form can use: accumulating needs a second set of accumulators."""
+    if form == INT8:
+        return tuple(t for t in TILES if not t.few_registers)
     large = {(64, 2), (128, 3), (256, 1), (256, 2), (256, 3)}
     return tuple(
         t for t in TILES if form == "fold" or ((t.m, t.warpgroups) not in large and t.slices == 1)
@@ -151,8 +160,8 @@ def grouped_tiles(form: str) -> tuple[Tile, ...]:
     """Those of experts, by growing m: each the best of as many tokens, or nearly."""
     accumulate = {8: TILES[0], 64: TILES[3], 128: TILES[6]}
     fold = {8: TILES[0], 64: TILES[4], 128: TILES[6], 256: TILES[10]}
-    chosen = {t.m: t for t in EXPERT_TILES if form == "fold" or t.m <= 32}
-    chosen |= fold if form == "fold" else accumulate
+    chosen = {t.m: t for t in EXPERT_TILES if form != "accumulate" or t.m <= 32}
+    chosen |= accumulate if form == "accumulate" else fold
     return tuple(chosen[m] for m in sorted(chosen))
 
 
@@ -212,7 +221,7 @@ def _choose_tile_m(
     rows = m * share  # of an expert, on average
     reached = 1 - (1 - share) ** m  # how probable it is that any token chooses an expert
     blocks = reached * experts * n / 128  # of 128 channels, two on a multiprocessor
-    if rows < 1 or (blocks < 1.6 * multiprocessors and rows <= 5 * reached):
+    if rows < 1 or (blocks < 1.8 * multiprocessors and rows <= 5 * reached):
         return 8  # whose blocks are the smallest: few weights are spread over the chip
     memory = reached * WEIGHT_US
     others = [tile_m for tile_m in possible if tile_m > 8]

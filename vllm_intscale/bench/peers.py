@@ -74,18 +74,18 @@ def _accumulate(weight: Tensor, float_scale: bool) -> Layer:
     return Layer(prepared, gemm, cuda_backend.quantize_activation)
 
 
-def intscale(weight: Tensor, portable: bool = False) -> Layer:
+def intscale(weight: Tensor, portable: bool = False, bits: int = 4) -> Layer:
     """What a linear layer runs on this GPU, or would on one that is not a Hopper ("portable")."""
-    from vllm_intscale import cuda_backend, sm80_gemm
+    from vllm_intscale import cuda_backend
     from vllm_intscale.format import LayerScheme
     from vllm_intscale.quantize.rtn import quantize_rows
 
-    rows = quantize_rows("benchmark", weight, LayerScheme(4, GROUP), "channel")
+    rows = quantize_rows("benchmark", weight, LayerScheme(bits, GROUP), "channel")
+    tensors = rows.qweight, rows.group_scale, rows.channel_scale
     if portable:
-        ready = sm80_gemm.prepare_weight(rows.qweight, rows.group_scale)
-        prepared = *ready, rows.channel_scale
+        prepared = cuda_backend.prepare_matrix(*tensors, "sm80")
     else:
-        prepared = cuda_backend.prepare_weight(rows.qweight, rows.group_scale, rows.channel_scale)
+        prepared = cuda_backend.prepare_weight(*tensors, bits)
 
     def gemm(a: Tensors, w: Tensors) -> Tensor:
         a8, token_scale = a
@@ -278,6 +278,7 @@ def _humming(weight: Tensor, activation: str | None, integer_scale: bool = False
 # values, of int4 weights 0.11 to 0.12.
 PEERS: dict[str, Peer] = {
     "intscale": Peer(intscale, 0.2),
+    "intscale_w8a8": Peer(partial(intscale, bits=8), 0.03),
     "intscale_portable": Peer(partial(intscale, portable=True), 0.2),
     "intscale_integer_scale": Peer(partial(_accumulate, float_scale=False), 0.2),
     "intscale_float_scale": Peer(partial(_accumulate, float_scale=True), 0.2),

@@ -1,12 +1,14 @@
-"""`python -m vllm_intscale.bench.tiles`: every tile and split of the Hopper GEMM on every shape.
+"""`python -m vllm_intscale.bench.tiles [FORM...]`: every tile and split of the Hopper GEMM.
 
-For whoever tunes `sm90_tiles.TILES` and `choose`: prints, for each shape and number of tokens, the
-fastest variants and what `choose` takes, and ends with all timings as one line of JSON.
+For whoever tunes `sm90_tiles.TILES` and `choose`: prints, for each form (default: of int4 weights),
+shape and number of tokens, the fastest variants and what `choose` takes, and ends with all timings
+as one line of JSON.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from itertools import product
 
@@ -57,10 +59,13 @@ def time_shape(timer: Timer, n: int, k: int, form: str) -> list[dict[str, int | 
     codes = torch.randn(n, k, device="cuda", generator=rng).mul_(2.5).round_().clamp_(-8, 7)
     scale = torch.randint(32, 256, (n, k // GROUP), device="cuda", generator=rng)
     channel_scale = torch.rand(n, device="cuda", generator=rng)
-    qweight, unit, channel_scale = sm90_gemm.prepare_weight(
-        codes.to(torch.int8), scale.to(torch.int16), channel_scale, form
-    )
-    count = copies_needed(n * k // 2)
+    if form == sm90_tiles.INT8:
+        qweight, unit = sm90_gemm.prepare_int8(codes.to(torch.int8))
+    else:
+        qweight, unit, channel_scale = sm90_gemm.prepare_weight(
+            codes.to(torch.int8), scale.to(torch.int16), channel_scale, form
+        )
+    count = copies_needed(qweight.nbytes)
     copies = [(qweight.clone(), unit.clone(), channel_scale.clone()) for _ in range(count)]
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     rows: list[dict[str, int | float | str]] = []
@@ -92,7 +97,7 @@ def main() -> None:
     timer = Timer()
     rows = [
         row
-        for form, (n, k) in product(sm90_tiles.FORMS, SHAPES.values())
+        for form, (n, k) in product(sys.argv[1:] or sm90_tiles.FORMS, SHAPES.values())
         for row in time_shape(timer, n, k, form)
     ]
     print(json.dumps(rows))
