@@ -22,8 +22,8 @@ class Tile(NamedTuple):
     """Tokens x channels of a block, and what it keeps in flight.
 
     blocks: that share a multiprocessor; batch: k-steps whose multiplications are issued at once;
-    block_us: for `choose`; share: neighbouring blocks that load their tokens together; slices:
-    warpgroups that multiply the same channels, each some of their k.
+    block_us: for `choose`, of int4 and of int8 weights; share: neighbouring blocks that load their
+    tokens together; slices: warpgroups that multiply the same channels, each some of their k.
     """
 
     m: int
@@ -31,7 +31,7 @@ class Tile(NamedTuple):
     stages: int
     blocks: int
     batch: int
-    block_us: float = 0.0
+    block_us: tuple[float, float] = (0.0, 0.0)
     share: int = 1
     slices: int = 1
 
@@ -118,20 +118,20 @@ class Tile(NamedTuple):
         )
 
 
-# The last number: microseconds that 128 k take on an H100 full of such blocks.
+# block_us: microseconds that 128 k take on an H100 full of such blocks.
 TILES = (
-    Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=0.44),
-    Tile(m=16, warpgroups=1, stages=6, blocks=4, batch=2, block_us=0.47),
-    Tile(m=32, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.47),
-    Tile(m=64, warpgroups=1, stages=5, blocks=3, batch=2, block_us=0.42),
-    Tile(m=64, warpgroups=2, stages=5, blocks=2, batch=2, block_us=0.54),
-    Tile(m=128, warpgroups=2, stages=8, blocks=1, batch=2, block_us=0.22, slices=2),
-    Tile(m=128, warpgroups=2, stages=7, blocks=1, batch=2, block_us=0.38),
-    Tile(m=128, warpgroups=3, stages=6, blocks=1, batch=2, block_us=0.55),
-    Tile(m=256, warpgroups=1, stages=5, blocks=1, batch=2, block_us=0.36),
-    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.63),
-    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=0.55, share=2),
-    Tile(m=256, warpgroups=3, stages=4, blocks=1, batch=1, block_us=0.85),
+    Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=(0.44, 0.64)),
+    Tile(m=16, warpgroups=1, stages=6, blocks=4, batch=2, block_us=(0.47, 0.78)),
+    Tile(m=32, warpgroups=1, stages=5, blocks=3, batch=2, block_us=(0.47, 0.57)),
+    Tile(m=64, warpgroups=1, stages=5, blocks=3, batch=2, block_us=(0.42, 0.45)),
+    Tile(m=64, warpgroups=2, stages=5, blocks=2, batch=2, block_us=(0.54, 0.63)),
+    Tile(m=128, warpgroups=2, stages=8, blocks=1, batch=2, block_us=(0.22, 0.18), slices=2),
+    Tile(m=128, warpgroups=2, stages=7, blocks=1, batch=2, block_us=(0.38, 0.33)),
+    Tile(m=128, warpgroups=3, stages=6, blocks=1, batch=2, block_us=(0.55, 0.43)),
+    Tile(m=256, warpgroups=1, stages=5, blocks=1, batch=2, block_us=(0.36, 0.32)),
+    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=(0.63, 0.57)),
+    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=(0.55, 0.60), share=2),
+    Tile(m=256, warpgroups=3, stages=4, blocks=1, batch=1, block_us=(0.85, 0.85)),
 )
 # For experts only: their weights come from memory up to more tokens, and fit tiles of other sizes.
 EXPERT_TILES = (
@@ -184,6 +184,7 @@ def choose(
         for tile in tiles(form)
         if tile.m <= 2 * max(m, 8)
         for splits in tile.splits(k, group_size, form)
+        if splits != STREAMED or form != INT8  # it wins little there, and often loses
     ]
 
     def cost(option: tuple[Tile, int]) -> float:
@@ -257,7 +258,7 @@ def _microseconds(tile: Tile, splits: int, m: int, matrix: Matrix, multiprocesso
     its limit of power.
     """
     n, k, group_size, form = matrix
-    k_blocks = -(-k // BLOCK_K)
+    k_blocks, full_us = -(-k // BLOCK_K), tile.block_us[form == INT8]
     shared_bytes = tile.shared_bytes(group_size, form, max(1, splits))
     resident = min(tile.blocks, MULTIPROCESSOR_BYTES // (shared_bytes + 1024))
     slots = multiprocessors * resident // tile.share
@@ -272,7 +273,7 @@ def _microseconds(tile: Tile, splits: int, m: int, matrix: Matrix, multiprocesso
             return math.inf  # little to win
         clusters = min(slots, tiles * k_blocks)
         exchange_us = 5.1 + 1.8 * size * (1 + max(1.0, clusters / tiles))
-        return factor * (start_us + tiles * k_blocks / clusters * tile.block_us + exchange_us)
+        return factor * (start_us + tiles * k_blocks / clusters * full_us + exchange_us)
     start_us += 0.1 * (splits - 1)
     waves = tiles * splits / (slots * (1.0 if splits <= 2 else 0.84))
     if splits > 1 and waves > 1:
@@ -280,6 +281,6 @@ def _microseconds(tile: Tile, splits: int, m: int, matrix: Matrix, multiprocesso
     started = math.ceil(waves) - waves
     waves = max(1.0, waves + (0.44 if tile.m < 64 and splits == 1 else 1.0) * started)
     fill = min(1.0, tiles * splits * tile.share / (multiprocessors * tile.blocks))
-    block_us = tile.block_us * (0.38 + 0.62 * fill)
+    block_us = full_us * (0.38 + 0.62 * fill)
     output_us = (3.0 if splits == 1 else 6.1) * size
     return factor * (start_us + waves * (math.ceil(k_blocks / splits) * block_us + output_us))
