@@ -49,7 +49,8 @@ def naive_rtn(
     else:
         channel = np.full(len(w), np.float64(np.float32(1 / int(amplifier))))
         scale = scale * int(amplifier) * channel[:, None]
-    step = np.rint(scale / channel[:, None]) * channel[:, None]
+    whole = np.where(scale > 0, np.maximum(np.rint(scale / channel[:, None]), 1), 0)
+    step = whole * channel[:, None]
     step = np.repeat(step, group_size, axis=1)
     codes = np.clip(np.rint(w / np.where(step > 0, step, np.inf)), -largest - 1, largest)
     return codes * step
@@ -273,22 +274,33 @@ def test_channel_amplifier_is_lowered_until_no_accumulator_overflows() -> None:
     assert torch.equal(alone.qweight, rows.qweight[3:4])  # rows do not depend on each other
 
 
-def test_zero_groups_and_lost_groups() -> None:
+def test_zero_groups_and_small_groups() -> None:
     weight = torch.randn(4, 512)
     weight[1] = 0
     weight[2, 128:256] = 0
     weight[3, :128] *= 1e-6
     rows = quantize_rows("w", weight, LayerScheme(), "channel")
     codes = unpack_codes(rows.qweight, 4)
-    assert rows.lost_groups == 1
+    assert rows.lost_groups == 0
     assert rows.group_scale[1].tolist() == [1, 1, 1, 1]
     assert rows.group_scale[2, 1] == 1
-    assert rows.group_scale[3, 0] == 0
+    assert rows.group_scale[3, 0] == 1
     assert not codes[1].any() and not codes[2, 128:256].any() and not codes[3, :128].any()
     assert torch.equal(
         rows.qweight[1], torch.full((64,), 0x88888888 - (1 << 32), dtype=torch.int32)
     )
     assert bool((rows.channel_scale >= 2.0**-126).all())
+
+
+def test_one_scale_a_channel() -> None:
+    """8 bits and group scales of 1: what W8A8 per channel is elsewhere."""
+    weight = torch.randn(6, 512)
+    weight[:, :128] *= 0.01
+    rows = quantize_rows("w", weight, LayerScheme(bits=8, max_group_scale=1), "channel")
+    assert (rows.group_scale == 1).all()
+    step = weight.abs().amax(1, keepdim=True) / 127
+    error = (unpack_codes(rows.qweight, 8) * rows.channel_scale[:, None] - weight).abs()
+    assert (error <= 0.51 * step).all()
 
 
 @pytest.mark.parametrize("magnitude", [1e-45, 1e-38, 1e-30, 1e30, 3e38])

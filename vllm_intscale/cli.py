@@ -48,6 +48,16 @@ class Method(StrEnum):
     AWQ = "awq"
 
 
+class Recipe(StrEnum):
+    """Of `quantize`: options for a kind of models."""
+
+    LLAMA3 = "llama3"
+
+
+# Per channel (S = 1), so that the integers are the same however a GPU folds group scales.
+RECIPES = {Recipe.LLAMA3: {r"re:.*\.mlp\.down_proj": {"bits": 8, "max_group_scale": 1}}}
+
+
 @app.command()
 def quantize(
     source: Annotated[
@@ -78,12 +88,19 @@ def quantize(
         ),
     ] = None,
     method: Annotated[
-        Method,
+        Method | None,
         typer.Option(
-            help="rtn: round to nearest. gptq: choose codes for the activations of a text. awq: "
-            "only scales, which needs less memory."
+            help="rtn (default): round to nearest. gptq: choose codes for the activations of a "
+            "text. awq: only scales, which needs less memory."
         ),
-    ] = Method.RTN,
+    ] = None,
+    recipe: Annotated[
+        Recipe | None,
+        typer.Option(
+            help="llama3: method gptq, and 8 bits, one scale a channel, for the down projections "
+            "of dense layers."
+        ),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -122,6 +139,7 @@ def quantize(
     from vllm_intscale.quantize.stream import check_output
 
     text = None
+    method = method or (Method.GPTQ if recipe else Method.RTN)
     if method != Method.RTN:
         if calibration is None:
             raise IntScaleError(f"--method {method} needs a text: --calibration FILE or DATASET")
@@ -138,7 +156,10 @@ def quantize(
         amplifier=_parse_amplifier(amplifier),
         max_group_scale=max_group_scale,
         ignore=tuple(ignore or ()),
-        overrides=dict(map(_parse_override, override or ())),
+        overrides={
+            **dict(map(_parse_override, override or ())),
+            **(RECIPES[recipe] if recipe else {}),
+        },
         source={"command": _command()},
     )
     if dry_run:

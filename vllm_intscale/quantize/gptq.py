@@ -24,6 +24,7 @@ from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import LayerScheme
 from vllm_intscale.quantize.rtn import (
     QuantizedRows,
+    at_least_one,
     channel_scale,
     clipped,
     float_scales,
@@ -95,7 +96,7 @@ def quantize_rows(
     scale, _ = least_error(groups, clipped(scale), channel, scheme.bits, energy)
 
     def round_rows(rows: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
-        group_scale = integer_scale(scale[rows], channel)
+        group_scale = at_least_one(integer_scale(scale[rows], channel))
         step = step_of(group_scale, channel).float()
         step = torch.where(scale[rows] > 0, step, torch.inf)  # a group of zeros keeps codes 0
         codes = _codes(weight[rows], step, scheme, factor)

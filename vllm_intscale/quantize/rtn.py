@@ -125,6 +125,7 @@ def convert_rows(
     def round_rows(rows: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
         new, group_scale = groups[rows], integer_scale(scale[rows], channel)
         if weight is not None:
+            group_scale = torch.where(kept[rows], group_scale, at_least_one(group_scale))
             step = step_of(group_scale, channel)
             codes = _codes(mirrored_weight[rows], step, scheme.bits)
             new = torch.where(kept[rows][..., None], new, codes)
@@ -264,7 +265,7 @@ def least_error(
 
 def _round(groups: Tensor, scale: Tensor, channel: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """codes int8 `[n, K]` and group_scale int16 `[n, G]` for given channel scales."""
-    group_scale = integer_scale(scale, channel)
+    group_scale = at_least_one(integer_scale(scale, channel))
     codes = _codes(groups, step_of(group_scale, channel), bits)
     return codes.flatten(-2), group_scale.to(torch.int16)
 
@@ -272,6 +273,11 @@ def _round(groups: Tensor, scale: Tensor, channel: Tensor, bits: int) -> tuple[T
 def integer_scale(scale: Tensor, channel: Tensor) -> Tensor:
     """S, float64 `[n, G]`; 1 for groups of zeros."""
     return torch.where(scale > 0, torch.round(scale / channel.double()[:, None]), 1.0)
+
+
+def at_least_one(group_scale: Tensor) -> Tensor:
+    """For weights that are yet to be rounded: 0 would lose them, 1 is only coarse."""
+    return group_scale.clamp(min=1)
 
 
 def step_of(group_scale: Tensor, channel: Tensor) -> Tensor:
