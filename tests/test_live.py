@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from vllm_intscale.errors import IntScaleError
 from vllm_intscale.quantize import convert_model, plan_live, quantize_model
 from vllm_intscale.quantize.stream import read_quantized
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "serving_examples"))
 PACKED = Path(__file__).parent / "packed"
 NAMES = sorted(path.name for path in PACKED.iterdir() if path.is_dir())
 
@@ -135,6 +137,32 @@ def test_engine(name: str, ranks: int, tmp_path: Path) -> None:
         "rounded to nearest" if name == "unquantized" else f"converted from {name[:4].rstrip('_')}"
     )
     assert f"intscale: 7 matrices of {source} are {how}" in output
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(420)
+def test_server(tmp_path: Path) -> None:
+    """Over HTTP, as `vllm serve GPTQ-MODEL --quantization intscale`."""
+    test_engine = pytest.importorskip("test_engine")
+    from server import running_server
+
+    prompts = [[token % 61 + 3 for token in prompt] for prompt in test_engine.PROMPTS]
+    options = ("--quantization", "intscale", "--dtype", "float32", "--enforce-eager")
+    options += ("--max-model-len", "128", "--max-num-seqs", "4", "--served-model-name", "model")
+    with running_server(str(PACKED / "gptq"), *options, log=tmp_path / "log", timeout=360) as url:
+        body = {"model": "model", "prompt": prompts, "max_tokens": 1, "echo": True, "logprobs": 0}
+        request = urllib.request.Request(
+            f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as response:
+            choices = json.load(response)["choices"]
+    found = [
+        choice["logprobs"]["token_logprobs"][1 : len(prompt)]
+        for choice, prompt in zip(choices, prompts, strict=True)
+    ]
+    out = written(PACKED / "gptq", tmp_path / "out")
+    assert test_engine.agree(found, test_engine.expected(out, 1, prompts))
+    assert f"matrices of {PACKED / 'gptq'} are converted" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.e2e

@@ -15,7 +15,14 @@ from typing import Annotated, Literal
 import typer
 
 from vllm_intscale.bench.cli import bench
-from vllm_intscale.display import print_inspection, print_report, progress_display, size, status
+from vllm_intscale.display import (
+    print_estimate,
+    print_inspection,
+    print_report,
+    progress_display,
+    size,
+    status,
+)
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import Amplifier, CheckpointConfig
 
@@ -136,6 +143,7 @@ def quantize(
     """
     from vllm_intscale.inspection import inspect_model
     from vllm_intscale.quantize import Calibration, quantize_model
+    from vllm_intscale.quantize.estimate import estimate_quantization
     from vllm_intscale.quantize.stream import check_output
 
     text = None
@@ -166,6 +174,7 @@ def quantize(
         check_output(out, Path(source), resume)
         print_inspection(inspect_model(source, (), revision, config))
         print(f"Disk        {size(shutil.disk_usage(out.parent).free)} free in {out.parent}")
+        print_estimate(estimate_quantization(source, revision, config, scale_search, text))
         return
     start = time.monotonic()
     with progress_display() as on_progress:

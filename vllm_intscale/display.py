@@ -13,6 +13,7 @@ from vllm_intscale.format import ACCUMULATOR_MAX
 if TYPE_CHECKING:
     from vllm_intscale.inspection import Inspection
     from vllm_intscale.quantize import Progress, Report
+    from vllm_intscale.quantize.estimate import Estimate
 
 GIB = 2**30
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal to draw a bar on
@@ -55,6 +56,15 @@ def progress_display() -> Iterator[Callable[[Progress], None]]:
             )
 
         yield show
+
+
+def print_estimate(found: Estimate) -> None:
+    """What `quantize --dry-run` foresees of memory and time."""
+    seconds = max(1, round(found.seconds))
+    hours, minutes = seconds // 3600, seconds % 3600 // 60
+    time_text = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60} s"
+    print(f"Memory      about {size(found.memory_bytes)}")
+    print(f"Time        at least {time_text}, by a trial on this machine")
 
 
 @contextmanager

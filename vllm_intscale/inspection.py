@@ -88,7 +88,7 @@ def inspect_model(
 
     Raises IntScaleError if the source is neither folder nor hub id, or cannot be quantized.
     """
-    stored, config = _headers(source, revision)
+    stored, config = model_headers(source, revision)
     section = config.get("quantization_config")
     quantized = isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
     quantized = quantized and wanted is None
@@ -122,9 +122,10 @@ def inspect_model(
     )
 
 
-def _headers(
+def model_headers(
     source: str, revision: str | None
 ) -> tuple[Mapping[str, StoredTensor], dict[str, Any]]:
+    """Stored tensors and config.json of a folder or hub id, of which no more is fetched."""
     if (folder := Path(source)).is_dir():
         return read_headers(folder), read_config(folder)
     with reaching_hub(source):

@@ -148,7 +148,7 @@ def _write_all(
         finished = finished._replace(tensors=tensors, bytes=done_bytes)
         on_progress(finished)
 
-    with _workers() as workers, OpenFiles() as files:
+    with make_workers() as workers, OpenFiles() as files:
         work = _Work(files, workers, writer, plan.config.amplifier, search)
         outcomes = {name: Outcome.from_dict(entry) for name, entry in journal.done.items()}
         now: dict[str, Outcome] = {}
@@ -177,7 +177,7 @@ def _write_all(
 
 def read_quantized(plan: Plan) -> Iterator[tuple[str, Tensor]]:
     """The tensors that `write_checkpoint` would write, one matrix in memory at a time."""
-    with _workers() as workers, OpenFiles() as files:
+    with make_workers() as workers, OpenFiles() as files:
         for m in plan.matrices:
             held = _Held(_specs(m))
             _Work(files, workers, held, plan.config.amplifier, search=False).write(m)
@@ -207,7 +207,7 @@ class _Writer(Protocol):
     def read(self, name: str) -> Tensor: ...
 
 
-def _workers() -> ThreadPoolExecutor:
+def make_workers() -> ThreadPoolExecutor:
     """As many threads as torch would use, each of which works on a block alone.
 
     That scales better than torch's threads, which wait for each other after every operation.
