@@ -2,17 +2,20 @@
 //
 //   quantize_activation   x [rows, k] -> a8 int8 (layout: common.cuh), token_scale float32 [rows]
 //   quantize_slots        x [tokens, k] -> the same, a token's row at slot_row of all its slots
+//   norm_quantize         x + residual -> residual_out, its RMS norm -> y, and the same of y
 //   silu_mul_quantize     gate_up [rows, 2k] -> the same, of silu(gate) * up rounded to DTYPE
 //   weighted_sum          y [rows, n] -> out [tokens, n], slots added in order
 //
-// Contract: bit-identical to reference.{quantize_activation, silu_mul, moe}. k and n are multiples
-// of 8, rows are 16-byte aligned; row strides are in elements. Launch: <<<rows, threads>>>, whole
-// warps, up to kMaxThreads; silu_mul_quantize needs 2 * k bytes of dynamic shared memory.
+// Contract: bit-identical to reference.{quantize_activation, rms_norm, silu_mul, moe}. k and n are
+// multiples of 8, rows are 16-byte aligned; row strides are in elements. Launch: <<<rows,
+// threads>>>, whole warps, up to kMaxThreads; silu_mul_quantize needs 2 * k bytes of dynamic shared
+// memory. norm_quantize: rows without gaps, k up to 16 * kMaxThreads, threads as
+// reference.norm_threads; y, or residual and residual_out, may be nullptr.
 // slot_row int [tokens * topk]: moe_routing.cu. Slots at -1 have no row; a block of
-// silu_mul_quantize is a slot, and the first one clears the flags. On Hopper a slot can be a
-// cluster of blocks there: each does a part of the row, and they exchange its maximum. Launches
-// overlap (moe_routing.cu): quantize_slots reads x, and silu_mul_quantize slot_row, before the
-// kernel in front of them ends.
+// silu_mul_quantize is a slot (a row, if slot_row is nullptr), and the first one clears the flags.
+// On Hopper a slot can be a cluster of blocks there: each does a part of the row, and they exchange
+// its maximum. Launches overlap (moe_routing.cu): quantize_slots reads x, silu_mul_quantize slot_row,
+// and norm_quantize weight, before the kernel in front of them ends.
 #include "common.cuh"
 #include "hopper.cuh"
 
@@ -171,6 +174,92 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
+// Sum over the block, whose warps are a power of two, in the order of reference.rms_norm.
+__device__ __forceinline__ float block_sum(float value) {
+  __shared__ float warp_sum[kMaxThreads / 32];
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) value = add_rn(value, __shfl_xor_sync(0xffffffff, value, i));
+  if (lane == 0) warp_sum[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = lane < blockDim.x / 32 ? warp_sum[lane] : 0.0f;
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) value = add_rn(value, __shfl_xor_sync(0xffffffff, value, i));
+  return value;
+}
+
+__device__ __forceinline__ uint4 pack8(const float (&x)[kVector]) {
+  return {from_floats<DTYPE>(x[0], x[1]), from_floats<DTYPE>(x[2], x[3]),
+          from_floats<DTYPE>(x[4], x[5]), from_floats<DTYPE>(x[6], x[7])};
+}
+
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    norm_quantize(const uint4* x, const uint4* residual, const uint4* weight, float epsilon,
+                  int8_t* a8, float* token_scale, uint4* y, uint4* residual_out, int64_t k,
+                  int64_t rows_padded) {
+  const int vectors = int(k / kVector);
+  uint4 weights[kHeld];
+  let_next_kernel_start();
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {  // the kernel before does not write them
+    const int i = threadIdx.x + j * blockDim.x;
+    weights[j] = i < vectors ? weight[i] : make_uint4(0, 0, 0, 0);
+  }
+  wait_for_previous_kernel();
+  clear_flags(a8, rows_padded, k);
+  const int64_t first = blockIdx.x * int64_t(vectors);
+  uint4 held[kHeld];
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+    const int i = threadIdx.x + j * blockDim.x;
+    held[j] = make_uint4(0, 0, 0, 0);
+    if (i >= vectors) continue;
+    held[j] = x[first + i];
+    float v[kVector];
+    unpack8<DTYPE>(held[j], v);
+    if (residual != nullptr) {
+      float r[kVector];
+      unpack8<DTYPE>(residual[first + i], r);
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) v[e] = add_rn(v[e], r[e]);
+      held[j] = pack8(v);
+      residual_out[first + i] = held[j];
+      unpack8<DTYPE>(held[j], v);
+    }
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) sum = add_rn(sum, mul_rn(v[e], v[e]));
+  }
+  const float mean = div_rn(block_sum(sum), float(k));
+  const float inverse = div_rn(1.0f, sqrt_rn(add_rn(mean, epsilon)));
+  Largest largest;
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+    const int i = threadIdx.x + j * blockDim.x;
+    float v[kVector], w[kVector];
+    unpack8<DTYPE>(held[j], v);
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) v[e] = mul_rn(v[e], inverse);
+    unpack8<DTYPE>(pack8(v), v);
+    unpack8<DTYPE>(weights[j], w);
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) v[e] = mul_rn(v[e], w[e]);
+    held[j] = pack8(v);
+    if (i >= vectors) continue;
+    largest.add(held[j]);
+    if (y != nullptr) y[first + i] = held[j];
+  }
+  const TokenScale scale = token_scale_of(largest.of_block());
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+    const int i = threadIdx.x + j * blockDim.x;
+    if (i >= vectors) continue;
+    store_codes(a8, blockIdx.x, rows_padded, i * kVector, held[j], scale.inverse);
+  }
+  clear_padding(a8, blockIdx.x, rows_padded, int(k));
+  if (threadIdx.x == 0) token_scale[blockIdx.x] = scale.scale;
+}
+
 // silu(gate) * up of eight columns, rounded once.
 __device__ __forceinline__ uint4 silu_mul(uint4 gates, uint4 ups) {
   float gate[kVector], up[kVector];
@@ -181,8 +270,7 @@ __device__ __forceinline__ uint4 silu_mul(uint4 gates, uint4 ups) {
     const float exp = exp2_reference(mul_rn(gate[j], -1.4426950408889634f));
     gate[j] = mul_rn(mul_rn(gate[j], reciprocal_reference(add_rn(1.0f, exp))), up[j]);
   }
-  return {from_floats<DTYPE>(gate[0], gate[1]), from_floats<DTYPE>(gate[2], gate[3]),
-          from_floats<DTYPE>(gate[4], gate[5]), from_floats<DTYPE>(gate[6], gate[7])};
+  return pack8(gate);
 }
 
 extern "C" __global__ void __launch_bounds__(kSiluThreads, 8)
@@ -190,7 +278,8 @@ extern "C" __global__ void __launch_bounds__(kSiluThreads, 8)
                       int64_t k, int64_t rows_padded) {
   extern __shared__ uint4 hidden[];  // this block's part of silu(gate) * up, rounded
   let_next_kernel_start();
-  const int64_t row = __ldcg(slot_row + blockIdx.x / blocks_of_row());
+  int64_t row = blockIdx.x / blocks_of_row();
+  if (slot_row != nullptr) row = __ldcg(slot_row + row);
   wait_for_previous_kernel();
   clear_flags(a8, rows_padded, k);
   if (row < 0) return;
@@ -231,8 +320,6 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
         sum[j] = add_rn(sum[j], mul_rn(topk_weights[slot], value[j]));
       }
     }
-    reinterpret_cast<uint4*>(out + token * n)[i] = {
-        from_floats<DTYPE>(sum[0], sum[1]), from_floats<DTYPE>(sum[2], sum[3]),
-        from_floats<DTYPE>(sum[4], sum[5]), from_floats<DTYPE>(sum[6], sum[7])};
+    reinterpret_cast<uint4*>(out + token * n)[i] = pack8(sum);
   }
 }

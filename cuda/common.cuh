@@ -74,6 +74,11 @@ __device__ __forceinline__ float div_rn(float a, float b) {
   asm("div.rn.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
   return d;
 }
+__device__ __forceinline__ float sqrt_rn(float a) {
+  float d;
+  asm("sqrt.rn.f32 %0, %1;" : "=f"(d) : "f"(a));
+  return d;
+}
 // x within -limit..limit; a NaN becomes one of them.
 __device__ __forceinline__ float clamp(float x, float limit) {
   float d;

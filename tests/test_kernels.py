@@ -174,6 +174,35 @@ def test_quantize_activation_equals_reference(k: int, dtype: torch.dtype) -> Non
         assert_same_bits(scale_gpu.cpu(), scale[::step])
 
 
+@pytest.mark.parametrize("k", [32, 96, 520, 4096, 5120, 14336, 16384])
+@pytest.mark.parametrize("dtype", HALF)
+def test_norm_quantize_equals_reference(k: int, dtype: torch.dtype) -> None:
+    x = torch.cat([rows_of_trouble(k, dtype), torch.randn(40, k).to(dtype)])
+    residual, weight = x.flip(0) * 0.5, (torch.rand(k) + 0.5).to(dtype)
+    for other, keep in itertools.product((None, residual), (False, True)):
+        y, added = reference.rms_norm(x, other, weight, 1e-5)
+        a8, scale = reference.quantize_activation(y)
+        inputs = x.cuda(), None if other is None else other.cuda(), weight.cuda()
+        found = [t.cpu() for t in ops.norm_quantize(*inputs, 1e-5, keep)]
+        assert_same_bits(activations.unswizzle(found[0], *x.shape), a8)
+        assert_same_bits(found[1], scale)
+        assert_same_bits(found[2], y if keep else x.new_empty(0))
+        assert_same_bits(found[3], x.new_empty(0) if other is None else added)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_silu_mul_quantize_of_a_dense_layer(dtype: torch.dtype) -> None:
+    for k in (96, 704, 14336):
+        gate_up = torch.cat([rows_of_trouble(2 * k, dtype), torch.randn(700, 2 * k).to(dtype)])
+        a8, scale = reference.quantize_activation(reference.silu_mul(gate_up))
+        for view in (gate_up.cuda(), gate_up.cuda()[:1], gate_up.cuda()[::2]):
+            step = 2 if 1 < len(view) < len(gate_up) else 1
+            a8_gpu, scale_gpu = (t.cpu() for t in ops.silu_mul_quantize(view))
+            rows = len(view)
+            assert_same_bits(activations.unswizzle(a8_gpu, rows, k), a8[::step][:rows])
+            assert_same_bits(scale_gpu, scale[::step][:rows])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_alone_equals_linear_in_a_batch(dtype: torch.dtype, family: str) -> None:
@@ -198,6 +227,8 @@ def test_operators_pass_opcheck() -> None:
     stacks = [list(prepared_stack(expert_stack(4, n, 128, 128))) for n in (256, 128)]
     weights, ids = (t.cuda() for t in routing(5, 2, 4, "random"))
     torch.library.opcheck(ops.quantize_activation, (x,))
+    torch.library.opcheck(ops.norm_quantize, (x, x * 2, x[0], 1e-5, True))
+    torch.library.opcheck(ops.silu_mul_quantize, (x,))
     torch.library.opcheck(ops.gemm, (a8, scale, *w, None, torch.bfloat16))
     torch.library.opcheck(ops.moe, (x, *stacks, weights, ids, None, False))
 

@@ -24,6 +24,20 @@ ROWS = 512  # of a weight prepared at a time: bounds the extra memory
 quantize_activation = reference.quantize_activation
 
 
+def norm_quantize(
+    x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.rms_norm`, quantized; see `row_kernels.norm_quantize`."""
+    y, added = reference.rms_norm(x, residual, weight, epsilon)
+    added = x.new_empty(0) if residual is None else added
+    return *quantize_activation(y), y if keep else x.new_empty(0), added
+
+
+def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.silu_mul` of `[M, 2 K]`, quantized."""
+    return quantize_activation(reference.silu_mul(gate_up))
+
+
 def describe(qweight: Tensor, group_scale: Tensor) -> str:
     """What runs a prepared weight, for the log."""
     return "cpu_backend (torch._int_mm, exact)"

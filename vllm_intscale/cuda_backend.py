@@ -17,29 +17,27 @@ import torch
 from torch import Tensor
 
 from vllm_intscale import jit, reference, sm80_gemm, sm90_gemm, sm90_tiles
-from vllm_intscale.activations import new_activation
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.packing import unpack_codes
 from vllm_intscale.reference import Weight
 from vllm_intscale.routing import KERNEL as ROUTING
 from vllm_intscale.routing import Routing, group_rows
+from vllm_intscale.row_kernels import (
+    ROW_THREADS,
+    aligned,
+    dtype_code,
+    norm_quantize,
+    quantize_activation,
+    quantize_slots,
+    row_kernel,
+    silu_mul_quantize,
+)
 from vllm_intscale.sm90_tiles import INT8
 
-DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.int32: 2}  # DTYPE in common.cuh
-ROW_THREADS = 256
-MAX_ROW_THREADS = 1024  # kMaxThreads of activation.cu
-HELD_COLUMNS = 16  # of a thread of quantize_activation, kHeld * kVector of activation.cu
-MAX_ROW_BLOCKS = 8  # of a portable cluster
+__all__ = ["norm_quantize", "quantize_activation", "quantize_slots", "silu_mul_quantize"]
+
+DENSE_ROW_KERNELS = ("quantize_activation", "norm_quantize", "silu_mul_quantize")
 ROWS = 1024  # of 8-bit weights folded at a time: bounds the extra memory
-MAX_ROW_BYTES = 96 * 1024  # shared memory for one row of silu_mul_quantize
-
-
-def _dtype_code(dtype: torch.dtype) -> int:
-    if dtype not in DTYPES:
-        raise IntScaleError(
-            f"dtype {dtype} has no CUDA kernels; serve with --dtype bfloat16 or float16"
-        )
-    return DTYPES[dtype]
 
 
 def describe(qweight: Tensor, group_scale: Tensor) -> str:
@@ -154,20 +152,15 @@ def integer_weight(qweight: Tensor, group_scale: Tensor, n: int, k: int) -> Tens
 # ---- operators ----------------------------------------------------------------------------------
 
 
-def _row_kernel(function: str, dtype: torch.dtype) -> jit.Kernel:
-    shared = MAX_ROW_BYTES if function == "silu_mul_quantize" else 0
-    return jit.Kernel("activation.cu", function, (("DTYPE", _dtype_code(dtype)),), shared)
-
-
 def kernels(weight: tuple[Tensor, Tensor], dtype: torch.dtype) -> list[jit.Kernel]:
     """Every kernel that a linear layer or a stack of experts with this prepared weight can launch.
 
     weight: qweight and group_scale. Raises IntScaleError for a dtype without kernels.
     """
     qweight, group_scale = weight
-    code, experts = _dtype_code(dtype), qweight.dim() == 5
+    code, experts = dtype_code(dtype), qweight.dim() == 5
     names = ["quantize_slots", "silu_mul_quantize", "weighted_sum"] if experts else []
-    needed = [_row_kernel(name, dtype) for name in names or ["quantize_activation"]]
+    needed = [row_kernel(name, dtype) for name in names or DENSE_ROW_KERNELS]
     if experts:
         needed.append(ROUTING)
     if _is_hopper_layout(qweight):
@@ -194,78 +187,6 @@ def _load_together(needed: tuple[jit.Kernel, ...], device: int) -> None:
         list(pool.map(lambda kernel: jit.load(kernel, device), needed))
 
 
-def _row_threads(k: int) -> int:
-    return min(MAX_ROW_THREADS, -(-k // (32 * HELD_COLUMNS)) * 32)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """With rows that can be read 16 bytes at a time."""
-    return x.contiguous() if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16 else x
-
-
-def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
-    """See `reference.quantize_activation`; x `[M, K]` bf16 or fp16, K a multiple of 8.
-
-    a8 is int8 `[ceil(K / 128), M rounded up to 8, 128]`, in the layout that `common.cuh` describes.
-    """
-    x = _aligned(x)
-    m, k = x.shape
-    a8 = new_activation(x, m, k)
-    token_scale = x.new_empty(m, dtype=torch.float32)
-    if m:
-        kernel = _row_kernel("quantize_activation", x.dtype)
-        args = (x, a8, token_scale, k, x.stride(0), a8.shape[1])
-        jit.launch(kernel, x.device, (m,), _row_threads(k), args, overlap=True)
-    return a8, token_scale
-
-
-def quantize_slots(x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """`quantize_activation` of each token into the rows of its slots; x as `_aligned` gives it.
-
-    What wrote x must have been launched before `group_rows`: this kernel reads it early.
-    """
-    (m, k), topk = x.shape, routing.slot_row.shape[1]
-    a8 = new_activation(x, routing.rows, k)
-    token_scale = x.new_empty(routing.rows, dtype=torch.float32)
-    kernel = _row_kernel("quantize_slots", x.dtype)
-    args = (x, routing.slot_row, a8, token_scale, k, x.stride(0), a8.shape[1], topk)
-    jit.launch(kernel, x.device, (m,), _row_threads(k), args, overlap=True)
-    return a8, token_scale
-
-
-def _blocks_of_row(slots: int, k: int) -> int:
-    """Into how many blocks silu_mul_quantize splits a row: few rows would leave the GPU idle."""
-    blocks = 1
-    while blocks < MAX_ROW_BLOCKS and slots * blocks <= 512 and k > blocks * ROW_THREADS * 8:
-        blocks *= 2
-    return blocks
-
-
-def silu_mul_quantize(
-    gate_up: Tensor, routing: Routing, blocks: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """`reference.silu_mul` and `quantize_activation` of the slots' rows `[rows, 2 K]`, fused.
-
-    blocks: that share a row, a cluster; more than one on Hopper only.
-    """
-    rows, k = gate_up.shape[0], gate_up.shape[1] // 2
-    if 2 * k > MAX_ROW_BYTES:
-        raise IntScaleError(
-            f"experts of intermediate size {k} exceed the fused activation's limit of "
-            f"{MAX_ROW_BYTES // 2}; raise --tensor-parallel-size"
-        )
-    a8 = new_activation(gate_up, rows, k)
-    token_scale = gate_up.new_empty(rows, dtype=torch.float32)
-    kernel, slots = _row_kernel("silu_mul_quantize", gate_up.dtype), routing.slot_row
-    if blocks is None:
-        hopper = torch.cuda.get_device_capability(a8.device)[0] == 9
-        blocks = _blocks_of_row(slots.numel(), k) if hopper else 1
-    args = (gate_up, slots, a8, token_scale, k, a8.shape[1])
-    grid, shared_bytes = (slots.numel() * blocks,), 16 * -(-k // (8 * blocks))
-    jit.launch(kernel, a8.device, grid, ROW_THREADS, args, shared_bytes, blocks, overlap=True)
-    return a8, token_scale
-
-
 def gemm(
     a8: Tensor,
     token_scale: Tensor,
@@ -285,7 +206,7 @@ def gemm(
     out = a8.new_empty(m, channel_scale.shape[0], dtype=dtype)
     if not m:
         return out
-    weight, code = (qweight, group_scale, channel_scale), _dtype_code(dtype)
+    weight, code = (qweight, group_scale, channel_scale), dtype_code(dtype)
     if _is_hopper_layout(qweight):
         assert not isinstance(tile, sm80_gemm.Tile)
         sm90_gemm.gemm(a8, token_scale, weight, bias, out, code, tile, splits)
@@ -311,7 +232,7 @@ def grouped_gemm(
     """
     if out is None:
         out = a8.new_empty(routing.rows, weight[2].shape[1], dtype=dtype)
-    code = _dtype_code(dtype)
+    code = dtype_code(dtype)
     if isinstance(tile, sm90_tiles.Tile):
         sm90_gemm.gemm(a8, token_scale, weight, None, out, code, tile, splits, routing=routing)
     else:
@@ -378,7 +299,7 @@ def moe(
     if router_weight_on_input:
         x = x * topk_weights.to(x.dtype)
         topk_weights = torch.ones_like(topk_weights)
-    x = _aligned(x)
+    x = aligned(x)
     local_experts, (tokens, topk) = w13[0].shape[0], topk_ids.shape
     experts = local_experts if expert_map is None else expert_map.numel()
     first, second = plans or _choose_grouped(tokens, topk, experts, (w13, w2))
@@ -388,6 +309,6 @@ def moe(
     hidden = silu_mul_quantize(gate_up, routing)
     y = grouped_gemm(*hidden, w2, routing, x.dtype, *second, out=buffers.y)
     args = (y, topk_weights.float().contiguous(), routing.slot_row, out, y.shape[1], topk)
-    kernel = _row_kernel("weighted_sum", x.dtype)
+    kernel = row_kernel("weighted_sum", x.dtype)
     jit.launch(kernel, x.device, (tokens,), ROW_THREADS, args, overlap=True)
     return out

@@ -1,6 +1,8 @@
 """The torch operators `torch.ops.intscale.*`, on CPU and CUDA, with fakes for torch.compile.
 
     quantize_activation   x [M, K] -> a8 int8 (CPU: [M, K]; CUDA: tiles), token_scale float32 [M]
+    norm_quantize         x, residual, weight -> a8, token_scale, normed x + residual, x + residual
+    silu_mul_quantize     gate_up [M, 2 K] -> a8, token_scale of silu(gate) * up
     gemm                  a8, token_scale, weight, bias -> y [M, N]
     moe                   x [M, H], w13, w2, routing -> y [M, H]
 
@@ -77,6 +79,18 @@ def _quantize_activation_fake(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape, dtype=torch.int8), x.new_empty(m, dtype=torch.float32)
 
 
+def _norm_quantize_fake(
+    x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = x.new_empty(x.shape if keep else 0)
+    added = x.new_empty(0 if residual is None else x.shape)
+    return *_quantize_activation_fake(x), y, added
+
+
+def _silu_mul_quantize_fake(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    return _quantize_activation_fake(gate_up[:, : gate_up.shape[1] // 2])
+
+
 def _gemm_fake(
     a8: Tensor,
     token_scale: Tensor,
@@ -98,6 +112,12 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         cpu_backend.quantize_activation,
         _quantize_activation_fake,
     ),
+    "norm_quantize(Tensor x, Tensor? residual, Tensor weight, float epsilon, bool keep) "
+    "-> (Tensor, Tensor, Tensor, Tensor)": (cpu_backend.norm_quantize, _norm_quantize_fake),
+    "silu_mul_quantize(Tensor gate_up) -> (Tensor, Tensor)": (
+        cpu_backend.silu_mul_quantize,
+        _silu_mul_quantize_fake,
+    ),
     "gemm(Tensor a8, Tensor token_scale, Tensor qweight, Tensor group_scale, "
     "Tensor channel_scale, Tensor? bias, ScalarType dtype) -> Tensor": (
         cpu_backend.gemm,
@@ -116,5 +136,7 @@ for _schema, (_cpu, _fake) in _OPERATORS.items():
     torch.library.register_fake(f"intscale::{_name}", _fake, lib=_library)
 
 quantize_activation = torch.ops.intscale.quantize_activation
+norm_quantize = torch.ops.intscale.norm_quantize
+silu_mul_quantize = torch.ops.intscale.silu_mul_quantize
 gemm = torch.ops.intscale.gemm
 moe = torch.ops.intscale.moe

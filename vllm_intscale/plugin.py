@@ -120,9 +120,11 @@ class IntScaleConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
+        from vllm_intscale import fusion
         from vllm_intscale.linear import IntScaleLinearMethod
         from vllm_intscale.moe import IntScaleMoEMethod
 
+        fusion.install()
         if self.source:
             from vllm_intscale.live import convert_while_loading
 

@@ -166,6 +166,43 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return (gate * reciprocal(1 + exp2(gate * -LOG2_E)) * up).to(gate_up.dtype)
 
 
+def norm_threads(k: int) -> int:
+    """A power of two, of which `rms_norm` adds that many sums: 16 columns for each, if they fit."""
+    threads = 32
+    while threads * 16 < k and threads < 1024:
+        threads *= 2
+    return threads
+
+
+def rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """x + residual, normalized by its root mean square and weighted; and x + residual.
+
+    x, residual `[M, K]`, weight `[K]`, all of one dtype, in which the sum, the normalized row and
+    the weighted one are each rounded. Squares are added in float32 in a fixed order: every sum is
+    that of 8 neighbouring columns in each block of 8 * `norm_threads`, one after the other; then
+    the second half of each 32 sums is added to the first, until one is left, and so for those.
+    """
+    rows, k = x.shape
+    added = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    threads = norm_threads(k)
+    squares = torch.nn.functional.pad(added.float().square(), (0, -k % (8 * threads)))
+    sums = x.new_zeros(rows, threads, dtype=torch.float32)
+    for block in squares.view(rows, -1, threads, 8).unbind(1):
+        for column in block.unbind(-1):
+            sums = sums + column
+    for width in (32, threads // 32):  # inside of warps, then over them
+        sums = sums.view(rows, -1, width)
+        while sums.shape[-1] > 1:
+            first, second = sums.chunk(2, dim=-1)
+            sums = first + second
+    mean = sums.view(rows, 1) / torch.full((1, 1), float(k), device=x.device)
+    inverse = torch.ones_like(mean) / torch.sqrt(mean + epsilon)
+    normalized = (added.float() * inverse).to(x.dtype)
+    return (normalized.float() * weight.float()).to(x.dtype), added
+
+
 def moe(
     x: Tensor,
     experts: Callable[[int], tuple[Any, Any]],

@@ -1,0 +1,144 @@
+"""The pass that lets norms and activations quantize what they make, on graphs of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from generators import assert_same_bits
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+pytest.importorskip("vllm")
+
+from torch._inductor.decomposition import select_decomp_table
+from vllm import ir
+
+from vllm_intscale import fusion, ops, reference
+
+EPSILON = 1e-5
+NAMES = ("norm_quantize", "silu_mul_quantize", "quantize_activation", "rms_norm")
+
+
+def fused(function: Callable[..., Any], *args: Tensor) -> tuple[GraphModule, dict[str, int]]:
+    """The graph of a function as Inductor sees it, after the pass; how often it calls what."""
+    with ir.enable_torch_wrap(True):
+        traced = make_fx(function, select_decomp_table(), tracing_mode="symbolic")(*args)
+    fusion.QuantizeWhereMade()(traced.graph)
+    traced.graph.eliminate_dead_code()
+    traced.graph.lint()
+    traced.recompile()
+    targets = [str(node.target) for node in traced.graph.nodes]
+    return traced, {name: sum(name in target for target in targets) for name in NAMES}
+
+
+def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def check(found: Any, wanted: Any) -> None:
+    for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        assert_same_bits(a, b, f"output {i}")
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
+    return ir.ops.fused_add_rms_norm(x, residual, weight, EPSILON, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_norm_of_a_sum(dtype: torch.dtype) -> None:
+    x, residual, weight = (make(*s, dtype=dtype) for s in ((5, 264), (5, 264), (264,)))
+
+    def layer(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
+        y, residual = add_norm(x, residual, weight)
+        return *ops.quantize_activation(y), residual
+
+    graph, counts = fused(layer, x, residual, weight)
+    assert counts == {**dict.fromkeys(NAMES, 0), "norm_quantize": 1}
+    y, added = reference.rms_norm(x, residual, weight, EPSILON)
+    check(graph(x, residual, weight), (*reference.quantize_activation(y), added))
+
+
+def test_norm_whose_result_others_need_too() -> None:
+    """As a router does; and two layers that read the same norm."""
+    x, weight = make(3, 128), make(128)
+
+    def layer(x: Tensor, weight: Tensor) -> Any:
+        y = ir.ops.rms_norm(x, weight, EPSILON, None)
+        return *ops.quantize_activation(y), *ops.quantize_activation(y), y * 2
+
+    graph, counts = fused(layer, x, weight)
+    assert counts["norm_quantize"] == 1 and counts["quantize_activation"] == 0
+    y, _ = reference.rms_norm(x, None, weight, EPSILON)
+    quantized = reference.quantize_activation(y)
+    check(graph(x, weight), (*quantized, *quantized, y * 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_silu_mul(dtype: torch.dtype) -> None:
+    gate_up = make(5, 2 * 136, dtype=dtype) * 4
+
+    def layer(gate_up: Tensor) -> Any:
+        gate, up = gate_up[..., :136], gate_up[..., 136:]
+        return ops.quantize_activation(torch.nn.functional.silu(gate) * up)
+
+    graph, counts = fused(layer, gate_up)
+    assert counts == {**dict.fromkeys(NAMES, 0), "silu_mul_quantize": 1}
+    check(graph(gate_up), reference.quantize_activation(reference.silu_mul(gate_up)))
+
+
+def other_variance(x: Tensor) -> Any:
+    return ops.quantize_activation(ir.ops.rms_norm(x, x[0], EPSILON, 64))
+
+
+def no_weight(x: Tensor) -> Any:
+    return ops.quantize_activation(ir.ops.rms_norm(x, None, EPSILON, None))
+
+
+def weight_of_another_dtype(x: Tensor) -> Any:
+    return ops.quantize_activation(ir.ops.rms_norm(x, x[0].float(), EPSILON, None))
+
+
+def up_before_gate(x: Tensor) -> Any:
+    return ops.quantize_activation(torch.nn.functional.silu(x[..., 64:]) * x[..., :64])
+
+
+def other_parts(x: Tensor) -> Any:
+    return ops.quantize_activation(torch.nn.functional.silu(x[..., :32]) * x[..., 32:64])
+
+
+def product_needed(x: Tensor) -> Any:
+    y = torch.nn.functional.silu(x[..., :64]) * x[..., 64:]
+    return *ops.quantize_activation(y), y
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(other_variance, no_weight, weight_of_another_dtype),
+        *(up_before_gate, other_parts, product_needed),
+    ],
+)
+def test_what_is_left_as_it_is(layer: Callable[..., Any]) -> None:
+    x = make(5, 128)
+    graph, counts = fused(layer, x)
+    assert counts["quantize_activation"] == 1
+    assert counts["norm_quantize"] == counts["silu_mul_quantize"] == 0
+    assert len(graph(x)) == len(layer(x))
+
+
+def test_rms_norm_reference() -> None:
+    """Close to the exact norm, and the same for a row alone."""
+    for k in (8, 288, 4096, 5120, 14336):
+        x, residual, weight = make(7, k), make(7, k) * 3, make(k)
+        y, added = reference.rms_norm(x, residual, weight, EPSILON)
+        assert torch.equal(added, (x.float() + residual.float()).bfloat16())
+        exact = added.double()
+        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + EPSILON)
+        wanted = exact.bfloat16().double() * weight.double()
+        assert (y.double() - wanted).abs().max() <= 2**-7 * wanted.abs().max()
+        alone, _ = reference.rms_norm(x[3:4], residual[3:4], weight, EPSILON)
+        assert_same_bits(alone, y[3:4])

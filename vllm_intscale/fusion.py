@@ -1,0 +1,154 @@
+"""A pass over the graphs that vLLM compiles: what is quantized is quantized where it is made.
+
+    vllm_ir.rms_norm, vllm_ir.fused_add_rms_norm -> quantize_activation     norm_quantize
+    silu(gate) * up, as Inductor decomposes it   -> quantize_activation     silu_mul_quantize
+
+Anything else stays as it is, and so does a norm of other sizes or dtypes than `norm_quantize` has.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from vllm.compilation.passes.inductor_pass import InductorPass
+from vllm.config import CompilationMode, get_current_vllm_config_or_none
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_intscale import ops
+from vllm_intscale.row_kernels import MAX_NORM_K, MAX_ROW_BYTES
+
+logger = init_logger("vllm.intscale")
+aten, prims = torch.ops.aten, torch.ops.prims
+QUANTIZE = ops.quantize_activation.default
+# Where the pass runs. The CUDA kernels of the fused operators have not run yet.
+PLATFORMS = ("cpu",)
+
+
+def install() -> None:
+    """Add the pass to the engine that is being built, if it compiles its model."""
+    config = get_current_vllm_config_or_none()
+    if config is None or current_platform.device_type not in PLATFORMS:
+        return
+    compilation = config.compilation_config
+    if compilation.mode not in (None, CompilationMode.NONE):
+        passes = compilation.inductor_compile_config
+        passes.setdefault(current_platform.pass_key, QuantizeWhereMade())
+
+
+class QuantizeWhereMade(InductorPass):  # type: ignore[misc]
+    """See above."""
+
+    def __call__(self, graph: Graph) -> None:
+        quantized = dict.fromkeys(n.args[0] for n in graph.nodes if n.target is QUANTIZE)
+        norms = sum(_fuse_norm(graph, made) for made in quantized)
+        products = sum(_fuse_silu_mul(graph, made) for made in quantized)
+        logger.info_once(
+            "intscale: %d of %d inputs of layers are quantized by the norm before them, %d by "
+            "silu(gate) * up",
+            *(norms, len(quantized), products),
+        )
+
+    def uuid(self) -> str:
+        """Changes with this file, and so does what is cached of compiled graphs."""
+        return str(self.hash_source(inspect.getsource(sys.modules[__name__])))
+
+
+def _fuse_norm(graph: Graph, made: Any) -> bool:
+    """Whether `made` is a norm, which now quantizes what it makes."""
+    norm: Any = made
+    residual = None
+    if made.target is operator.getitem and made.args[1] == 0:
+        norm = made.args[0]
+    if _is(norm, torch.ops.vllm_ir.fused_add_rms_norm):
+        x, residual, weight, epsilon, *size = norm.args
+    elif norm is made and _is(norm, torch.ops.vllm_ir.rms_norm):
+        x, weight, epsilon, *size = norm.args
+    else:
+        return False
+    value = x.meta["val"]
+    if weight is None or any(s is not None for s in (*size, *norm.kwargs.values())):
+        return False
+    if value.dim() != 2 or value.shape[1] % 8 or value.shape[1] > MAX_NORM_K:
+        return False
+    if weight.meta["val"].dtype != value.dtype:
+        return False
+    keep = any(user.target is not QUANTIZE for user in made.users)
+    args = (x, residual, weight, epsilon, keep)
+    a8, token_scale, y, added = _insert(graph, norm, ops.norm_quantize.default, args)
+    _replace_quantized(graph, made, a8, token_scale)
+    if residual is not None:
+        for user in list(norm.users):
+            user.replace_all_uses_with(y if user.args[1] == 0 else added)
+    elif keep:
+        made.replace_all_uses_with(y)
+    return True
+
+
+def _fuse_silu_mul(graph: Graph, made: Any) -> bool:
+    """Whether `made` is silu(gate) * up of one tensor, which is now quantized at once."""
+    if not _is(made, aten.mul) or any(user.target is not QUANTIZE for user in made.users):
+        return False
+    silu, up = map(_unconverted, made.args)
+    gate = _unconverted(silu.args[0]) if _is(silu, aten.div) else None
+    if gate is None or not _is(gate, aten.slice) or not _is(up, aten.slice):
+        return False
+    (gate_up, *gate_range), (other, *up_range) = gate.args, up.args
+    if gate_up is not other or not _is_one_plus_exp_of_minus(silu.args[1], silu.args[0]):
+        return False
+    value = gate_up.meta["val"]
+    k = value.shape[-1] // 2
+    if gate_range != [1, 0, k] or up_range[:2] != [1, k] or up_range[2] < 2 * k:
+        return False
+    if value.dim() != 2 or value.shape[1] != 2 * k or k % 8 or 2 * k > MAX_ROW_BYTES:
+        return False
+    results = _insert(graph, made, ops.silu_mul_quantize.default, (gate_up,))
+    _replace_quantized(graph, made, *results)
+    return True
+
+
+def _is_one_plus_exp_of_minus(node: Any, x: Any) -> bool:
+    if not _is(node, aten.add) or node.args[1] != 1 or not _is(node.args[0], aten.exp):
+        return False
+    minus = node.args[0].args[0]
+    return _is(minus, aten.neg) and minus.args[0] is x
+
+
+def _is(node: Any, packet: Any) -> bool:
+    """Whether it calls any overload of an operator."""
+    target = node.target if isinstance(node, Node) else None
+    return getattr(target, "overloadpacket", None) is packet
+
+
+def _unconverted(node: Any) -> Any:
+    """What a conversion between floating-point types converts."""
+    return node.args[0] if _is(node, prims.convert_element_type) else node
+
+
+def _insert(graph: Graph, before: Node, target: Any, args: Sequence[Any]) -> list[Node]:
+    """Call an operator there; the nodes of its results."""
+    values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
+    with args[0].meta["val"].fake_mode, graph.inserting_before(before):
+        call = graph.call_function(target, tuple(args))
+        call.meta["val"] = target(*values)
+        results = [
+            graph.call_function(operator.getitem, (call, i)) for i in range(len(call.meta["val"]))
+        ]
+    for result, value in zip(results, call.meta["val"], strict=True):
+        result.meta["val"] = value
+    return results
+
+
+def _replace_quantized(graph: Graph, made: Any, a8: Node, token_scale: Node) -> None:
+    """Use these results instead of those of all quantizations of `made`."""
+    for quantization in [user for user in made.users if user.target is QUANTIZE]:
+        for result in list(quantization.users):
+            result.replace_all_uses_with(a8 if result.args[1] == 0 else token_scale)
+            graph.erase_node(result)
+        graph.erase_node(quantization)

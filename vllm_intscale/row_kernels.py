@@ -1,0 +1,145 @@
+"""Launches of `cuda/activation.cu`: what reads a row of activations and leaves it as int8."""
+
+from __future__ import annotations
+
+import struct
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from vllm_intscale import jit, reference
+from vllm_intscale.activations import new_activation
+from vllm_intscale.errors import IntScaleError
+from vllm_intscale.routing import Routing
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.int32: 2}  # DTYPE in common.cuh
+ROW_THREADS = 256
+MAX_ROW_THREADS = 1024  # kMaxThreads of activation.cu
+HELD_COLUMNS = 16  # of a thread of quantize_activation, kHeld * kVector of activation.cu
+MAX_NORM_K = MAX_ROW_THREADS * HELD_COLUMNS  # all columns of norm_quantize are held
+MAX_ROW_BLOCKS = 8  # of a portable cluster
+MAX_ROW_BYTES = 96 * 1024  # shared memory for one row of silu_mul_quantize
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """DTYPE of the kernels. Raises IntScaleError for a dtype without kernels."""
+    if dtype not in DTYPES:
+        raise IntScaleError(
+            f"dtype {dtype} has no CUDA kernels; serve with --dtype bfloat16 or float16"
+        )
+    return DTYPES[dtype]
+
+
+def row_kernel(function: str, dtype: torch.dtype) -> jit.Kernel:
+    """One of `activation.cu`."""
+    shared = MAX_ROW_BYTES if function == "silu_mul_quantize" else 0
+    return jit.Kernel("activation.cu", function, (("DTYPE", dtype_code(dtype)),), shared)
+
+
+def _row_threads(k: int) -> int:
+    return min(MAX_ROW_THREADS, -(-k // (32 * HELD_COLUMNS)) * 32)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """With rows that can be read 16 bytes at a time."""
+    return x.contiguous() if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16 else x
+
+
+def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See `reference.quantize_activation`; x `[M, K]` bf16 or fp16, K a multiple of 8.
+
+    a8 is int8 `[ceil(K / 128), M rounded up to 8, 128]`, in the layout that `common.cuh` describes.
+    """
+    x = aligned(x)
+    m, k = x.shape
+    a8 = new_activation(x, m, k)
+    token_scale = x.new_empty(m, dtype=torch.float32)
+    if m:
+        kernel = row_kernel("quantize_activation", x.dtype)
+        args = (x, a8, token_scale, k, x.stride(0), a8.shape[1])
+        jit.launch(kernel, x.device, (m,), _row_threads(k), args, overlap=True)
+    return a8, token_scale
+
+
+def quantize_slots(x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """`quantize_activation` of each token into the rows of its slots; x as `aligned` gives it.
+
+    What wrote x must have been launched before `group_rows`: this kernel reads it early.
+    """
+    (m, k), topk = x.shape, routing.slot_row.shape[1]
+    a8 = new_activation(x, routing.rows, k)
+    token_scale = x.new_empty(routing.rows, dtype=torch.float32)
+    kernel = row_kernel("quantize_slots", x.dtype)
+    args = (x, routing.slot_row, a8, token_scale, k, x.stride(0), a8.shape[1], topk)
+    jit.launch(kernel, x.device, (m,), _row_threads(k), args, overlap=True)
+    return a8, token_scale
+
+
+def _blocks_of_row(slots: int, k: int) -> int:
+    """Into how many blocks silu_mul_quantize splits a row: few rows would leave the GPU idle."""
+    blocks = 1
+    while blocks < MAX_ROW_BLOCKS and slots * blocks <= 512 and k > blocks * ROW_THREADS * 8:
+        blocks *= 2
+    return blocks
+
+
+@cache
+def _float32_bits(number: float) -> int:
+    """As a launch takes it."""
+    (bits,) = struct.unpack("I", struct.pack("f", number))
+    return int(bits)
+
+
+def norm_quantize(
+    x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.rms_norm` and `quantize_activation` of its result, fused.
+
+    x and residual `[M, K]`, weight `[K]`, bf16 or fp16, K a multiple of 8, at most MAX_NORM_K.
+    Gives a8, token_scale, the normed rows (if `keep`, otherwise empty) and x + residual (empty
+    without one).
+    """
+    m, k = x.shape
+    x, weight = x.contiguous(), weight.contiguous()
+    a8, token_scale = new_activation(x, m, k), x.new_empty(m, dtype=torch.float32)
+    y = torch.empty_like(x) if keep else x.new_empty(0)
+    added = x.new_empty(0)
+    if residual is not None:
+        residual, added = residual.contiguous(), torch.empty_like(x)
+    if m:
+        outputs = (a8, token_scale, y if keep else None, None if residual is None else added)
+        args = (x, residual, weight, _float32_bits(epsilon), *outputs, k, a8.shape[1])
+        kernel, threads = row_kernel("norm_quantize", x.dtype), reference.norm_threads(k)
+        jit.launch(kernel, x.device, (m,), threads, args, overlap=True)
+    return a8, token_scale, y, added
+
+
+def silu_mul_quantize(
+    gate_up: Tensor, routing: Routing | None = None, blocks: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`reference.silu_mul` and `quantize_activation` of rows `[rows, 2 K]`, fused.
+
+    routing: only the rows of its slots. blocks: that share a row, a cluster; more than one on
+    Hopper only.
+    """
+    gate_up = aligned(gate_up).contiguous()
+    rows, k = gate_up.shape[0], gate_up.shape[1] // 2
+    if 2 * k > MAX_ROW_BYTES:
+        raise IntScaleError(
+            f"intermediate size {k} exceeds the fused activation's limit of "
+            f"{MAX_ROW_BYTES // 2}; raise --tensor-parallel-size"
+        )
+    a8 = new_activation(gate_up, rows, k)
+    token_scale = gate_up.new_empty(rows, dtype=torch.float32)
+    kernel, slots = row_kernel("silu_mul_quantize", gate_up.dtype), routing and routing.slot_row
+    count = rows if slots is None else slots.numel()
+    if not count:
+        return a8, token_scale
+    if blocks is None:
+        hopper = torch.cuda.get_device_capability(a8.device)[0] == 9
+        blocks = _blocks_of_row(count, k) if hopper else 1
+    args = (gate_up, slots, a8, token_scale, k, a8.shape[1])
+    grid, shared_bytes = (count * blocks,), 16 * -(-k // (8 * blocks))
+    jit.launch(kernel, a8.device, grid, ROW_THREADS, args, shared_bytes, blocks, overlap=True)
+    return a8, token_scale
