@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 from vllm_intscale.errors import IntScaleError
 
@@ -28,3 +30,14 @@ def parse_tokens(values: Iterable[str], default: Sequence[int]) -> list[int]:
 def parse_names(values: Iterable[str]) -> list[str]:
     names = (name.strip() for value in values for name in value.split(","))
     return list(dict.fromkeys(name for name in names if name))
+
+
+def parse_json_object(option: str, text: str) -> dict[str, Any]:
+    """An object in JSON. Raises IntScaleError that names the option."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise IntScaleError(f"{option} {text}: it must be JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise IntScaleError(f'{option} {text}: it must be an object, such as {{"dtype": "half"}}')
+    return found

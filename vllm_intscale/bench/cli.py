@@ -10,7 +10,12 @@ from typing import Annotated
 
 import typer
 
-from vllm_intscale.bench.arguments import parse_kernels, parse_tokens
+from vllm_intscale.bench.arguments import (
+    parse_json_object,
+    parse_kernels,
+    parse_names,
+    parse_tokens,
+)
 from vllm_intscale.errors import IntScaleError
 
 bench = typer.Typer(help="Time kernels on this machine's GPU.", no_args_is_help=True)
@@ -84,6 +89,59 @@ def bench_moe(
     chosen = parse_kernels(kernels or (), PEERS)
     sizes = parse_tokens(tokens or (), moe.TOKENS)
     _run_benchmark("moe", shapes, sizes, chosen, out, plot)
+
+
+@bench.command("serve")
+def bench_serve(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Shape: llama-3-8b, llama-2-7b, llama-2-13b, mixtral-8x7b; weights are random."
+        ),
+    ] = "llama-3-8b",
+    configurations: Annotated[
+        list[str] | None, typer.Option(metavar="NAME,NAME", help="Default: all.")
+    ] = None,
+    batches: Annotated[
+        list[str] | None, typer.Option(metavar="M,M", help="Requests. Default: 1,16,64,256.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="JSON", help="More arguments of vllm.LLM, for all.")
+    ] = "{}",
+    out: Annotated[Path | None, typer.Option(help="Folder of checkpoints and logs, kept.")] = None,
+    plot: BenchPlot = None,
+) -> None:
+    """A whole model in vLLM's engine, in every quantization that vLLM offers.
+
+    Prefill, and steps of decoding by wall time and by the time that the GPU is busy; which kernel
+    runs is read in the log. An idle FP8 engine beside them answers the same questions, and rows
+    count where it answers alike. The last line on stdout is JSON.
+    """
+    from vllm_intscale.bench import report, serve, serve_report
+    from vllm_intscale.bench.random_checkpoint import model_of
+
+    if plot:
+        report.import_pyplot()  # an error now, not after the work
+    names = parse_names(configurations or ()) or list(serve.CONFIGURATIONS)
+    sizes, shape = parse_tokens(batches or (), serve.BATCHES), model_of(model)
+    rows: list[serve.Row] = []
+
+    def on_row(row: serve.Row) -> None:
+        rows.append(row)
+        typer.echo(
+            f"{row.configuration} {row.what} {row.batch}: {row.error or row.found}", err=True
+        )
+
+    with TemporaryDirectory() as temporary:
+        folder = out or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = serve.run(
+            shape, names, sizes, folder, on_row, parse_json_object("--engine", engine)
+        )
+    serve_report.print_tables(rows)
+    if plot:
+        serve_report.plot(rows, plot)
+    print(json.dumps(serve_report.summary(rows, model=model, engines=facts)))
 
 
 def _run_benchmark(

@@ -1,7 +1,8 @@
-"""`python -m vllm_intscale.bench.random_checkpoint MODEL OUT`: a W4A8 checkpoint of random numbers.
+"""`python -m vllm_intscale.bench.random_checkpoint MODEL OUT [FORMAT]`: of random numbers.
 
 For measuring speed and memory at the size of a real model, without its weights: real files, real
-shapes, values of the usual size. Not `--load-format dummy`, which knows no integers.
+shapes, values of the usual size, in this package's format or another's (`random_formats`). Not
+`--load-format dummy`, which knows no integers.
 """
 
 from __future__ import annotations
@@ -16,12 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vllm_intscale.bench.random_formats import INTSCALE, WEIGHT_STD, device, format_of
 from vllm_intscale.checkpoint import CONFIG
 from vllm_intscale.errors import IntScaleError
-from vllm_intscale.format import CheckpointConfig
 
-IGNORE = ("lm_head", r"re:.*\.gate")
-WEIGHT_STD = 0.02
 MODELS: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "architectures": ["LlamaForCausalLM"],
@@ -33,6 +32,28 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "vocab_size": 128256,
         "rope_theta": 500000.0,
+    },
+    "llama-2-7b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "rope_theta": 10000.0,
+    },
+    "llama-2-13b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "vocab_size": 32000,
+        "rope_theta": 10000.0,
     },
     "mixtral-8x7b": {
         "architectures": ["MixtralForCausalLM"],
@@ -59,32 +80,40 @@ COMMON = {
 }
 
 
-def write_random(model: Mapping[str, Any], out: Path, group_size: int = 128) -> None:
+def write_random(model: Mapping[str, Any], out: Path, format_name: str = "intscale") -> None:
     """Write a checkpoint for this config.json of a Llama or a Mixtral, one file a layer.
 
-    Raises IntScaleError if `out` exists.
+    Raises IntScaleError if `out` exists or the format is unknown.
     """
+    quantization, linear = format_of(format_name)
     if out.exists():
         raise IntScaleError(f"{out} exists; remove it or choose another folder")
     config = {**COMMON, **model}
-    quantization = CheckpointConfig(group_size=group_size, ignore=IGNORE)
     out.mkdir(parents=True)
     names: dict[str, str] = {}
     for number, shapes in enumerate(_files(config)):
         tensors: dict[str, Tensor] = {}
         file = f"model-{number:05d}.safetensors"
         for name, shape in shapes.items():
-            if quantization.scheme_of(name) and len(shape) == 2 and ".layers." in name:
-                tensors |= _linear(name, quantization, *shape)
+            if len(shape) == 2 and ".layers." in name and INTSCALE.scheme_of(name):
+                tensors |= linear(name, shape[0], shape[1])
             else:
                 tensors[f"{name}.weight"] = _other(shape)
         save_file({name: tensor.cpu() for name, tensor in tensors.items()}, out / file)
         names |= dict.fromkeys(tensors, file)
     index = {"metadata": {}, "weight_map": names}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
-    config |= {"quantization_config": quantization.to_dict()}
+    if quantization:
+        config |= {"quantization_config": quantization}
     (out / CONFIG).write_text(json.dumps(config, indent=1))
     _write_tokenizer(config["vocab_size"], out)
+
+
+def model_of(name: str) -> dict[str, Any]:
+    """What config.json says of it. Raises IntScaleError for an unknown name."""
+    if name not in MODELS:
+        raise IntScaleError(f"model {name!r} is unknown; there are {', '.join(MODELS)}")
+    return MODELS[name]
 
 
 def _files(config: Mapping[str, Any]) -> Iterator[dict[str, tuple[int, ...]]]:
@@ -118,33 +147,10 @@ def _files(config: Mapping[str, Any]) -> Iterator[dict[str, tuple[int, ...]]]:
     }
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _linear(name: str, quantization: CheckpointConfig, n: int, k: int) -> dict[str, Tensor]:
-    """Codes of all values alike, scales from 32 on."""
-    scheme = quantization.scheme_of(name)
-    assert scheme
-    specs = scheme.tensor_specs(n, k)
-    largest = scheme.max_group_scale
-    shape = specs["qweight"][1]
-    limits = torch.iinfo(torch.int32)
-    qweight = torch.randint(limits.min, limits.max, shape, dtype=torch.int64, device=_device())
-    group_scale = torch.randint(32, largest + 1, specs["group_scale"][1], device=_device())
-    spread = (16**2 / 12) ** 0.5 * largest * 0.6  # of code times scale
-    channel_scale = torch.full(specs["channel_scale"][1], WEIGHT_STD / spread)
-    return {
-        f"{name}.qweight": qweight.to(torch.int32),
-        f"{name}.group_scale": group_scale.to(torch.int16),
-        f"{name}.channel_scale": channel_scale,
-    }
-
-
 def _other(shape: tuple[int, ...]) -> Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.randn(shape, dtype=torch.bfloat16, device=_device()).mul_(WEIGHT_STD)
+    return torch.randn(shape, dtype=torch.bfloat16, device=device()).mul_(WEIGHT_STD)
 
 
 def _write_tokenizer(vocab: int, out: Path) -> None:
@@ -160,10 +166,8 @@ def _write_tokenizer(vocab: int, out: Path) -> None:
 
 
 def main() -> None:
-    name, out = sys.argv[1:]
-    if name not in MODELS:
-        raise SystemExit(f"{name}: unknown; there are {', '.join(MODELS)}")
-    write_random(MODELS[name], Path(out))
+    name, out, *format_name = sys.argv[1:]
+    write_random(model_of(name), Path(out), *format_name)
 
 
 if __name__ == "__main__":

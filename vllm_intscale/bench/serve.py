@@ -1,0 +1,206 @@
+"""`intscale bench serve`: a model of random numbers in vLLM's engine, in every quantization it has.
+
+Each configuration runs in an engine of its own, beside one of FP8 that stays, idle, on the same
+GPU: after each timing the same is asked of it, and rows count only where it answers alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vllm_intscale.bench.random_checkpoint import write_random
+from vllm_intscale.errors import IntScaleError
+
+CONTROL = "fp8"
+TOLERANCE = 0.02  # of the control's answers, between the rows that are compared
+PREFILL_PROMPTS = 16
+BATCHES = (1, 16, 64, 256)
+CONTROL_MEMORY = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 2**33}
+MEMORY = {"gpu_memory_utilization": 0.6}
+MAX_LEN = 4096
+
+
+class Configuration(NamedTuple):
+    """How vLLM runs a model: the checkpoint's format, engine options and environment.
+
+    log: what the log says if the kernel that is meant runs, a regular expression.
+    """
+
+    format: str
+    log: str
+    options: Mapping[str, Any] = {}
+    environment: Mapping[str, str] = {}
+
+
+CONFIGURATIONS = {
+    "intscale": Configuration("intscale", r"\d+ on sm\d+_w4a8_gemm"),
+    "bf16": Configuration("bf16", ""),
+    "fp8": Configuration("fp8", "Cutlass\\w*FP8"),
+    "w8a8_int8": Configuration("w8a8_int8", "Cutlass\\w*Int8"),
+    "machete_w4a16": Configuration("w4a16", "Machete"),
+    "marlin_w4a16": Configuration("gptq", "Marlin", {"linear_backend": "marlin"}),
+    "marlin_w4a8_int8": Configuration(
+        *("gptq", "Marlin", {"linear_backend": "marlin"}, {"VLLM_MARLIN_INPUT_DTYPE": "int8"})
+    ),
+    "w4a8_fp8": Configuration("w4a8_fp8", "CutlassW4A8"),
+    "humming_w4a8_int8": Configuration(
+        *("gptq", "(?i)humming", {"quantization": "humming"}),
+        {"VLLM_HUMMING_INPUT_QUANT_CONFIG": '{"dtype":"int8"}'},
+    ),
+    "intscale_accumulate": Configuration(
+        "intscale", "accumulate form", environment={"INTSCALE_FORM": "accumulate"}
+    ),
+}
+
+
+class Row(NamedTuple):
+    """One timing: of prefill (batch: prompts) or a step of decoding, beside the control's."""
+
+    configuration: str
+    what: str
+    batch: int
+    found: dict[str, float | None] | None
+    control: dict[str, float | None] | None
+    error: str = ""
+
+
+class Worker:
+    """An `engine_worker`; its log is a file."""
+
+    def __init__(
+        self, engine: Mapping[str, Any], environment: Mapping[str, str], log: Path
+    ) -> None:
+        self.log = log
+        command = [sys.executable, "-m", "vllm_intscale.bench.engine_worker", json.dumps(engine)]
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command,
+                env={**os.environ, **environment},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+            )
+        try:
+            self.facts = self._answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, what: str, number: int) -> dict[str, float | None]:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps({what: number}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            last = [t for t in self.log.read_text().splitlines() if t.strip()][-1:]
+            raise IntScaleError(
+                f"its engine ended with code {code}: {' '.join(last)}; see {self.log}"
+            )
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def run(
+    model: Mapping[str, Any],
+    configurations: Sequence[str],
+    batches: Sequence[int],
+    folder: Path,
+    on_row: Callable[[Row], None],
+    engine: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Time configurations, one row after the other; checkpoints and logs go to `folder`.
+
+    model: config.json of `random_checkpoint`. engine: arguments of vllm.LLM for all. Returns what
+    is known of each engine that started: seconds of loading, tokens of its KV cache.
+
+    Raises IntScaleError for an unknown configuration; what fails otherwise is a row's error.
+    """
+    if unknown := [c for c in configurations if c not in CONFIGURATIONS]:
+        known = ", ".join(CONFIGURATIONS)
+        raise IntScaleError(f"--configurations {', '.join(unknown)}: unknown; there are {known}")
+    common = {"max_model_len": MAX_LEN, "enable_prefix_caching": False}
+    facts: dict[str, dict[str, Any]] = {}
+    control = _start(CONTROL, model, folder, {**common, **CONTROL_MEMORY, **engine}, "control")
+    try:
+        for name in configurations:
+            try:
+                worker = _start(name, model, folder, {**common, **MEMORY, **engine}, name)
+            except IntScaleError as error:
+                on_row(Row(name, "start", 0, None, None, str(error)))
+                continue
+            facts[name] = worker.facts
+            try:
+                for row in _rows(name, worker, control, batches):
+                    on_row(row)
+            finally:
+                worker.close()
+    finally:
+        control.close()
+    return facts
+
+
+def _rows(name: str, worker: Worker, control: Worker, batches: Iterable[int]) -> Iterable[Row]:
+    questions = [("prefill", PREFILL_PROMPTS), *(("decode", batch) for batch in batches)]
+    for what, number in questions:
+        try:
+            yield Row(name, what, number, worker.ask(what, number), control.ask(what, number))
+        except IntScaleError as error:
+            yield Row(name, what, number, None, None, str(error))
+            return
+
+
+def _start(
+    name: str, model: Mapping[str, Any], folder: Path, engine: Mapping[str, Any], log_name: str
+) -> Worker:
+    """With its checkpoint, if that is not there yet. Raises IntScaleError if it does not start."""
+    configuration = CONFIGURATIONS[name]
+    checkpoint = folder / configuration.format
+    if not checkpoint.exists():
+        write_random(model, checkpoint, configuration.format)
+    log = folder / f"{log_name}.log"
+    arguments = {"model": str(checkpoint), **engine, **configuration.options}
+    worker = Worker(arguments, configuration.environment, log)
+    if not re.search(configuration.log, log.read_text()):
+        worker.close()
+        raise IntScaleError(
+            f"{name}: its log does not say {configuration.log!r}, so that another kernel may run; "
+            f"see {log}"
+        )
+    return worker
+
+
+def agreeing(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:
+    """Rows by what was asked, those whose control is within TOLERANCE of the median of them."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        if row.found and row.control:
+            groups.setdefault((row.what, row.batch), []).append(row)
+    for key, group in groups.items():
+        speeds = sorted(speed(row.control) for row in group)
+        median = speeds[len(speeds) // 2]
+        groups[key] = [r for r in group if abs(speed(r.control) / median - 1) <= TOLERANCE]
+    return groups
+
+
+def speed(answer: Mapping[str, float | None] | None) -> float:
+    """Tokens a second; by the time that the GPU is busy, where that is known."""
+    assert answer
+    busy = answer.get("gpu_step_ms")
+    return 1 / busy if busy else float(answer["tokens_per_second"] or 0.0)
