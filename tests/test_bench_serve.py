@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_intscale import cli
-from vllm_intscale.bench import engine_worker, random_checkpoint, random_formats, serve
+from vllm_intscale.bench import engine_worker, random_checkpoint, random_formats, serve, served
 from vllm_intscale.bench.serve import Configuration, Row
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.packing import unpack_codes
@@ -97,7 +97,9 @@ def test_engines_on_cpu(
     command = ["intscale", "bench", "serve", "--model", "small", "--batches", "1,3", "--out"]
     options = ["--configurations", "intscale,w8a8_int8", "--plot", str(tmp_path / "plot.png")]
     engine: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": 4}
-    options += ["--engine", json.dumps(engine)]
+    options += ["--engine", json.dumps(engine), "--concurrency", "2"]
+    monkeypatch.setattr(served, "PROMPT", 16)
+    monkeypatch.setattr(served, "ANSWER", 4)
     monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "out"), *options])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -108,9 +110,12 @@ def test_engines_on_cpu(
     assert asked == [
         *(("intscale", "prefill", 2), ("intscale", "decode", 1), ("intscale", "decode", 3)),
         ("w8a8_int8", "start", 0),
+        *(("intscale", "serve", 2), ("w8a8_int8", "serve", 0)),
     ]
     assert all(r["found"]["tokens_per_second"] > 0 for r in found["rows"][:3])
     assert "its log does not say" in found["rows"][3]["error"]
+    assert found["rows"][4]["found"]["completed"] == 2 * served.ROUNDS
+    assert "its log does not say" in found["rows"][5]["error"]
     assert found["engines"]["intscale"]["cache_tokens"] > 0
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert "A step of decoding" in printed

@@ -105,6 +105,12 @@ def bench_serve(
     batches: Annotated[
         list[str] | None, typer.Option(metavar="M,M", help="Requests. Default: 1,16,64,256.")
     ] = None,
+    concurrency: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N,N", help="Serve, too, and send so many requests at a time. Default: do not."
+        ),
+    ] = None,
     engine: Annotated[
         str, typer.Option(metavar="JSON", help="More arguments of vllm.LLM, for all.")
     ] = "{}",
@@ -115,15 +121,19 @@ def bench_serve(
 
     Prefill, and steps of decoding by wall time and by the time that the GPU is busy; which kernel
     runs is read in the log. An idle FP8 engine beside them answers the same questions, and rows
-    count where it answers alike. The last line on stdout is JSON.
+    count where it answers alike. With --concurrency, vLLM's server under vLLM's own client, too.
+    The last line on stdout is JSON.
     """
-    from vllm_intscale.bench import report, serve, serve_report
+    from vllm_intscale.bench import report, serve, serve_report, served
     from vllm_intscale.bench.random_checkpoint import model_of
 
     if plot:
         report.import_pyplot()  # an error now, not after the work
     names = parse_names(configurations or ()) or list(serve.CONFIGURATIONS)
     sizes, shape = parse_tokens(batches or (), serve.BATCHES), model_of(model)
+    concurrencies = parse_tokens(concurrency or (), ())
+    arguments = parse_json_object("--engine", engine)
+    serve.check_names(names)
     rows: list[serve.Row] = []
 
     def on_row(row: serve.Row) -> None:
@@ -135,9 +145,9 @@ def bench_serve(
     with TemporaryDirectory() as temporary:
         folder = out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        facts = serve.run(
-            shape, names, sizes, folder, on_row, parse_json_object("--engine", engine)
-        )
+        facts = serve.run(shape, names, sizes, folder, on_row, arguments)
+        if concurrencies:
+            served.run(shape, names, concurrencies, folder, on_row, arguments)
     serve_report.print_tables(rows)
     if plot:
         serve_report.plot(rows, plot)

@@ -105,9 +105,8 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()
-            last = [t for t in self.log.read_text().splitlines() if t.strip()][-1:]
             raise IntScaleError(
-                f"its engine ended with code {code}: {' '.join(last)}; see {self.log}"
+                f"its engine ended with code {code}: {last_line(self.log)}; see {self.log}"
             )
         found: dict[str, Any] = json.loads(line)
         return found
@@ -115,6 +114,26 @@ class Worker:
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
+
+
+def last_line(log: Path) -> str:
+    """That is not empty."""
+    return next((t for t in reversed(log.read_text().splitlines()) if t.strip()), "")
+
+
+def checkpoint_of(name: str, model: Mapping[str, Any], folder: Path) -> Path:
+    """Of a configuration, written now if it is not there."""
+    form = CONFIGURATIONS[name].format
+    if not (folder / form).exists():
+        write_random(model, folder / form, form)
+    return folder / form
+
+
+def check_names(configurations: Sequence[str]) -> None:
+    """Raise IntScaleError for an unknown configuration."""
+    if unknown := [c for c in configurations if c not in CONFIGURATIONS]:
+        known = ", ".join(CONFIGURATIONS)
+        raise IntScaleError(f"--configurations {', '.join(unknown)}: unknown; there are {known}")
 
 
 def run(
@@ -130,11 +149,8 @@ def run(
     model: config.json of `random_checkpoint`. engine: arguments of vllm.LLM for all. Returns what
     is known of each engine that started: seconds of loading, tokens of its KV cache.
 
-    Raises IntScaleError for an unknown configuration; what fails otherwise is a row's error.
+    Raises IntScaleError if the control does not start; what fails otherwise is a row's error.
     """
-    if unknown := [c for c in configurations if c not in CONFIGURATIONS]:
-        known = ", ".join(CONFIGURATIONS)
-        raise IntScaleError(f"--configurations {', '.join(unknown)}: unknown; there are {known}")
     common = {"max_model_len": MAX_LEN, "enable_prefix_caching": False}
     facts: dict[str, dict[str, Any]] = {}
     control = _start(CONTROL, model, folder, {**common, **CONTROL_MEMORY, **engine}, "control")
@@ -171,9 +187,7 @@ def _start(
 ) -> Worker:
     """With its checkpoint, if that is not there yet. Raises IntScaleError if it does not start."""
     configuration = CONFIGURATIONS[name]
-    checkpoint = folder / configuration.format
-    if not checkpoint.exists():
-        write_random(model, checkpoint, configuration.format)
+    checkpoint = checkpoint_of(name, model, folder)
     log = folder / f"{log_name}.log"
     arguments = {"model": str(checkpoint), **engine, **configuration.options}
     worker = Worker(arguments, configuration.environment, log)

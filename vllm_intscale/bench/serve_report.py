@@ -14,6 +14,7 @@ from vllm_intscale.bench.report import WIDE, import_pyplot
 from vllm_intscale.bench.results import OURS
 from vllm_intscale.bench.serve import TOLERANCE, Row, agreeing
 
+COUNTED = {"prefill": "prompts at once", "decode": "batch", "serve": "requests at a time"}
 # Of an answer: what a table shows, its heading and format, and how many times that is shown.
 FIGURES = (
     ("prefill", "tokens_per_second", "Prefill, thousands of tokens a second", 1e-3, "{:.1f}"),
@@ -25,6 +26,10 @@ FIGURES = (
         "{:.3f}",
     ),
     ("decode", "step_ms", "A step of decoding, milliseconds", 1.0, "{:.3f}"),
+    ("serve", "output_tokens_per_second", "Served, tokens a second", 1.0, "{:.0f}"),
+    ("serve", "tpot_ms", "Served, median milliseconds a token", 1.0, "{:.2f}"),
+    ("serve", "p99_tpot_ms", "Served, milliseconds a token, 99 % below", 1.0, "{:.2f}"),
+    ("serve", "ttft_ms", "Served, median milliseconds to the first token", 1.0, "{:.0f}"),
 )
 
 
@@ -32,13 +37,14 @@ def print_tables(rows: Sequence[Row], console: Console | None = None) -> None:
     """One for each figure: configurations by batch, then what failed and why."""
     console = console or Console(width=WIDE, highlight=False)
     kept = agreeing(rows)
+    doubtful = [r for r in rows if r.control and r not in kept[r.what, r.batch]]
     for what, figure, title, factor, text in FIGURES:
         asked = [row for row in rows if row.what == what and row.found]
         batches = sorted({row.batch for row in asked if (row.found or {}).get(figure)})
         if not batches:
             continue
         table = Table(title=title, title_justify="left", box=SIMPLE)
-        table.add_column("prompts at once" if what == "prefill" else "batch", no_wrap=True)
+        table.add_column(COUNTED[what], no_wrap=True)
         for batch in batches:
             table.add_column(str(batch), justify="right", no_wrap=True)
         for name in dict.fromkeys(row.configuration for row in asked):
@@ -46,11 +52,11 @@ def print_tables(rows: Sequence[Row], console: Console | None = None) -> None:
             for batch in batches:
                 row = next((r for r in asked if (r.configuration, r.batch) == (name, batch)), None)
                 value = (row.found or {}).get(figure) if row else None
-                sure = "" if row in kept.get((what, batch), []) else "?"
+                sure = "?" if row in doubtful else ""
                 cells.append(text.format(value * factor) + sure if value else "")
             table.add_row(name, *cells, style="bold" if name == OURS else None)
         console.print(table)
-    if any(row not in kept[row.what, row.batch] for row in rows if row.found):
+    if doubtful:
         console.print(f"? the control beside it was off by more than {TOLERANCE:.0%}")
     for row in rows:
         if row.error:
