@@ -14,8 +14,8 @@
 // slot_row int [tokens * topk]: moe_routing.cu. Slots at -1 have no row; a block of
 // silu_mul_quantize is a slot (a row, if slot_row is nullptr), and the first one clears the flags.
 // On Hopper a slot can be a cluster of blocks there: each does a part of the row, and they exchange
-// its maximum. Launches overlap (moe_routing.cu): quantize_slots reads x, silu_mul_quantize slot_row,
-// and norm_quantize weight, before the kernel in front of them ends.
+// its maximum. Launches overlap (moe_routing.cu): quantize_slots reads x, silu_mul_quantize
+// slot_row, and norm_quantize weight, before the kernel in front of them ends.
 #include "common.cuh"
 #include "hopper.cuh"
 

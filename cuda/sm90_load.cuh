@@ -134,11 +134,10 @@ __device__ __forceinline__ void build_tables(const Problem& p, const Shared& s, 
 #pragma unroll
           for (int group = 0; group < kGroups; ++group) {
             uint32_t fields;
-            asm volatile(
-                "ld.shared.u32 %0, [%1];"
-                : "=r"(fields)
-                : "r"(weights + block * kBlockBytes + kCodeBytes + group * 128 + lane * 4)
-                : "memory");
+            asm volatile("ld.shared.u32 %0, [%1];"
+                         : "=r"(fields)
+                         : "r"(weights + block * kBlockBytes + kCodeBytes + group * 128 + lane * 4)
+                         : "memory");
             const uint32_t tables =
                 weights + kWeightBytes + ((block * kGroups + group) * 64 + lane * 2) * 16;
             store_shared(tables, build_table(fields & 0xffff, unit[block][0]));

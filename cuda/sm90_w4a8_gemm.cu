@@ -34,8 +34,8 @@
 //                                     k + 16 + 4 t + 0..3 (codes: fold.cuh)
 //   [128 / GROUP][64] uint16          the scales: fields of fold.cuh (FOLD=0: S as int16)
 //
-// With BITS=8 it is [4 k-steps][128 threads][4 words]: registers of the operand, w8 of k + 4 t + 0..3
-// first, second, of k + 16 + 4 t + 0..3 first, second. No scales.
+// With BITS=8 it is [4 k-steps][128 threads][4 words]: registers of the operand, w8 of
+// k + 4 t + 0..3 first, second, of k + 16 + 4 t + 0..3 first, second. No scales.
 //
 // One stage of shared memory is 128 k of a tile:
 //
