@@ -39,7 +39,9 @@ def install() -> None:
     compilation = config.compilation_config
     if compilation.mode not in (None, CompilationMode.NONE):
         passes = compilation.inductor_compile_config
-        passes.setdefault(current_platform.pass_key, QuantizeWhereMade())
+        found = passes.setdefault(current_platform.pass_key, QuantizeWhereMade())
+        if not isinstance(found, QuantizeWhereMade):
+            logger.warning_once("intscale: another pass over compiled graphs is set, ours is not")
 
 
 class QuantizeWhereMade(InductorPass):  # type: ignore[misc]
