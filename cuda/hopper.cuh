@@ -230,7 +230,7 @@ __device__ __forceinline__ void wgmma_s8(int (&d)[N / 2], const uint32_t* a, uin
   ", %126, %127"
 #define DEFINE_WGMMA(N, ACCUMULATORS, OPERANDS, A, B, P)                                      \
   template <>                                                                                 \
-  __device__ __forceinline__ void wgmma_s8<N>(int(&d)[N / 2], const uint32_t* a, uint64_t b,  \
+  __device__ __forceinline__ void wgmma_s8<N>(int (&d)[N / 2], const uint32_t* a, uint64_t b, \
                                               bool clear) {                                   \
     asm volatile("{\n .reg .pred p;\n setp.eq.b32 p, %" P                                     \
                  ", 0;\n wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" ACCUMULATORS \

@@ -176,8 +176,8 @@ __device__ __forceinline__ void multiply(Accumulators& acc, const Tokens& b, con
       const uint32_t a[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
-        int(&c)[4] = acc[r][t];
-        const uint32_t(&b_half)[4] = b[t][step / 2];
+        int (&c)[4] = acc[r][t];
+        const uint32_t (&b_half)[4] = b[t][step / 2];
         mma_s8(c, a, b_half[step % 2 * 2], b_half[step % 2 * 2 + 1], c[0], c[1], c[2], c[3]);
       }
     }
@@ -199,8 +199,8 @@ __device__ __forceinline__ void multiply(Accumulators& acc, const Tokens& b, con
                              w1 & 0xf0f0f0f0};
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
-        int(&p)[4] = partial[t];
-        const uint32_t(&b_half)[4] = b[t][step / 2];
+        int (&p)[4] = partial[t];
+        const uint32_t (&b_half)[4] = b[t][step / 2];
         const uint32_t b0 = b_half[step % 2 * 2], b1 = b_half[step % 2 * 2 + 1];
         if (k % GROUP == 0) {
           mma_s8(p, a, b0, b1, 0, 0, 0, 0);

@@ -72,7 +72,7 @@ __device__ __forceinline__ void unpack(Operands& v, const Addresses& from, const
 #pragma unroll
   for (int j = 0; j < BATCH; ++j) {
     const int step = first + j;
-    uint32_t(&a)[4] = v.a[first / BATCH % 2][j];
+    uint32_t (&a)[4] = v.a[first / BATCH % 2][j];
 #if BITS == 8
     const uint4 words = load_shared(from.words + ring.offset + step * 2048);
     a[0] = words.x, a[1] = words.y, a[2] = words.z, a[3] = words.w;
@@ -122,7 +122,7 @@ __device__ __forceinline__ void multiply_stage(Accumulator (&acc)[kAccumulators]
 #pragma unroll
     for (int j = 0; j < BATCH; ++j) {
       const uint64_t descriptor = wgmma_descriptor(tokens + 2 * (step + j));
-      const uint32_t(&a)[4] = v.a[step / BATCH % 2][j];
+      const uint32_t (&a)[4] = v.a[step / BATCH % 2][j];
 #if FOLD
       wgmma_s8<TILE_M>(acc, a, descriptor, first && step + j == 0);
 #else
@@ -163,7 +163,7 @@ __device__ __forceinline__ void multiply_stage(Accumulator (&acc)[kAccumulators]
 __device__ __forceinline__ void multiply(Accumulator (&acc)[kAccumulators], const Shared& s,
                                          Ring& ring, int stages, int warpgroup, int thread) {
   // Two wgmma of 128 tokens: ptxas takes none of 256 in a kernel launched with 128 registers.
-  using Half = int(&)[kAccumulators / 2];
+  using Half = int (&)[kAccumulators / 2];
   constexpr int kHalfOfTokens = kTokenBytes / 2 / 16;  // in a descriptor
   const Addresses from = addresses(s, warpgroup, thread);
 #pragma unroll
