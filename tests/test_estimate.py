@@ -33,7 +33,7 @@ def test_calibration_is_counted(tmp_path: Path) -> None:
     for method, operations in (("gptq", runs + solved), ("awq", runs)):
         calibration = Calibration("text.txt", 5, 64, method)  # type: ignore[arg-type]
         found = estimate._calibrated(matrices, plan.model_config, calibration)
-        assert found == (operations, held[method] + 6 * weights + 8 * tokens * HIDDEN)
+        assert found == (operations, held[method] + 4 * weights + 8 * tokens * HIDDEN)
 
 
 @pytest.mark.parametrize("suffix", ["", ".weight"])

@@ -6,6 +6,7 @@ GPU: after each timing the same is asked of it, and rows count only where it ans
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -96,8 +97,9 @@ class Worker:
 
     def ask(self, what: str, number: int) -> dict[str, float | None]:
         assert self.process.stdin
-        self.process.stdin.write(json.dumps({what: number}) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `_answer` says how
+            self.process.stdin.write(json.dumps({what: number}) + "\n")
+            self.process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:

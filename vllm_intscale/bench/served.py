@@ -135,7 +135,10 @@ def _ask(url: str, checkpoint: Path, concurrency: int, log: Path) -> dict[str, f
     flags = ["--ignore-eos", "--save-result", "--disable-tqdm"]
     command = [sys.executable, "-c", CLIENT, *_as_options(options), *flags]
     with log.open("w") as output:
-        done = subprocess.run(command, stdout=output, stderr=output, timeout=CLIENT_S, check=False)
+        try:
+            done = subprocess.run(command, stdout=output, stderr=output, timeout=CLIENT_S)
+        except subprocess.TimeoutExpired:
+            raise IntScaleError(f"no end after {CLIENT_S:.0f} s; see {log}") from None
     if done.returncode:
         raise IntScaleError(f"the client failed: {last_line(log)}; see {log}")
     said = json.loads(result.read_text())

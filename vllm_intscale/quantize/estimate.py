@@ -53,6 +53,7 @@ def estimate_quantization(
     seconds, held = weights / _weights_per_s(config, search or bool(calibration)), 0
     if calibration:
         operations, held = _calibrated(chosen, model_config, calibration)
+        held += sum(tensor.nbytes for tensor in stored.values())
         seconds += operations / _multiplications_per_s()
     return Estimate(seconds, _peak_bytes() + held)
 
@@ -65,7 +66,7 @@ def _peak_bytes() -> int:
 def _calibrated(
     matrices: Sequence[Matrix], model_config: Mapping[str, Any], calibration: Calibration
 ) -> tuple[float, int]:
-    """Floating-point operations of `calibrate`, and the bytes that it holds."""
+    """Floating-point operations of `calibrate`, and the bytes that it holds beside the model."""
     text = model_config.get("text_config") or model_config
     limit = min(MAX_LENGTH, text.get("max_position_embeddings") or MAX_LENGTH)
     tokens = calibration.samples * (calibration.length or limit)
@@ -91,8 +92,7 @@ def _calibrated(
         numbers = sum(math.prod(m.shape) for i in inputs.values() for m in i)
         held = max(held, 4 * numbers + (8 * squares if calibration.method == "gptq" else 0))
     hidden = 2 * 4 * tokens * int(text.get("hidden_size") or 0)  # before and after a layer
-    whole_model = sum({m.stored.name: m.stored.nbytes for m in matrices}.values())
-    return operations, held + hidden + whole_model
+    return operations, held + hidden
 
 
 def _layer_of(name: str) -> str:
