@@ -37,7 +37,7 @@ def main() -> None:
     families = [f for f in FAMILIES if f.startswith("sm80") or not options.portable]
     for n, k, group_size in ((40, 1056, 32), (132, 384, 128)):
         a8, token_scale = activation(35, k)  # references on CPU: only our kernels are looked at
-        blocked = activations.swizzle(a8).cuda()
+        blocked = activations.swizzle(a8.cuda())
         for family in families:
             w = weight_for(family, n, k, group_size)
             ready, exact = [t.cuda() for t in prepared(w, family)], arithmetic(w, family)

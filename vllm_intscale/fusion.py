@@ -27,14 +27,12 @@ from vllm_intscale.row_kernels import MAX_NORM_K, MAX_ROW_BYTES
 logger = init_logger("vllm.intscale")
 aten, prims = torch.ops.aten, torch.ops.prims
 QUANTIZE = ops.quantize_activation.default
-# Where the pass runs. The CUDA kernels of the fused operators have not run yet.
-PLATFORMS = ("cpu",)
 
 
 def install() -> None:
     """Add the pass to the engine that is being built, if it compiles its model."""
     config = get_current_vllm_config_or_none()
-    if config is None or current_platform.device_type not in PLATFORMS:
+    if config is None:
         return
     compilation = config.compilation_config
     if compilation.mode not in (None, CompilationMode.NONE):

@@ -198,7 +198,8 @@ def rms_norm(
             first, second = sums.chunk(2, dim=-1)
             sums = first + second
     mean = sums.view(rows, 1) / torch.full((1, 1), float(k), device=x.device)
-    inverse = torch.ones_like(mean) / torch.sqrt(mean + epsilon)
+    # torch.sqrt of float32 may be off by one unit on CPU; rounded from float64 it is not.
+    inverse = torch.ones_like(mean) / (mean + epsilon).double().sqrt().float()
     normalized = (added.float() * inverse).to(x.dtype)
     return (normalized.float() * weight.float()).to(x.dtype), added
 

@@ -13,6 +13,7 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,8 @@ PROMPT = 128  # tokens of a prompt of which a step of decoding is timed
 LONG_PROMPT = 2048  # of one of which prefill is timed
 STEPS = 64  # of decoding
 PROFILED_STEPS = 16
+KERNELS_LOGGED = 20
+GROUP_SCALES = "INTSCALE_BENCH_GROUP_SCALES"
 
 
 def busy(intervals: Iterable[tuple[float, float]]) -> float:
@@ -68,22 +71,50 @@ class Engine:
         found["tokens_per_second"] = batch * STEPS / (whole - first)
         found["gpu_step_ms"] = None
         if self.torch.cuda.is_available():
-            steps = self._busy_ms(batch, 1 + PROFILED_STEPS) - self._busy_ms(batch, 1)
-            found["gpu_step_ms"] = steps / PROFILED_STEPS
+            (less, before), (more, after) = (
+                self._profiled(batch, 1 + steps) for steps in (0, PROFILED_STEPS)
+            )
+            found["gpu_step_ms"] = (more - less) / PROFILED_STEPS / 1e3
+            after.subtract(before)
+            print(f"Microseconds of each step, batch {batch}:")
+            for name, us in after.most_common(KERNELS_LOGGED):
+                print(f"{us / PROFILED_STEPS:10.1f}  {name[:120]}")
         return found
 
-    def _busy_ms(self, batch: int, answer: int) -> float:
+    def _profiled(self, batch: int, answer: int) -> tuple[float, Counter[str]]:
+        """Microseconds in which the GPU is busy, and those of each kernel."""
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             self.generate(batch, PROMPT, answer)
         kernels = [e for e in profiled.events() if e.device_type.name == "CUDA"]
-        return busy((e.time_range.start, e.time_range.end) for e in kernels) / 1e3
+        each: Counter[str] = Counter()
+        for kernel in kernels:
+            each[kernel.name] += kernel.time_range.elapsed_us()
+        return busy((e.time_range.start, e.time_range.end) for e in kernels), each
 
-    def memory(self) -> dict[str, Any]:
-        cache = self.llm.llm_engine.vllm_config.cache_config
-        blocks = cache.num_gpu_blocks or 0
-        return {"load_seconds": self.load_seconds, "cache_tokens": blocks * cache.block_size}
+    def facts(self) -> dict[str, Any]:
+        model = self.llm.apply_model(_size)[0]
+        return {"load_seconds": round(self.load_seconds, 1), "weights_gib": model / 2**30}
+
+
+def _size(model: Any) -> int:
+    """Bytes of its parameters and buffers."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+def _apply_group_scales(kind: str) -> None:
+    """On the partial sums of each group as "integer" or "float", in one and the same kernel."""
+    from vllm_intscale import sm90_gemm
+
+    module: Any = sm90_gemm
+    gemm = module.gemm
+
+    def with_group_scales(*args: Any) -> None:
+        *operands, _tile, _splits = args
+        gemm(*operands, splits=1, float_scale=kind == "float")
+
+    module.gemm = with_group_scales
 
 
 def main() -> None:
@@ -93,8 +124,10 @@ def main() -> None:
     def answer(content: dict[str, Any]) -> None:
         print(json.dumps(content), file=answers, flush=True)
 
+    if kind := os.environ.get(GROUP_SCALES):
+        _apply_group_scales(kind)
     engine = Engine(json.loads(sys.argv[1]))
-    answer(engine.memory())
+    answer(engine.facts())
     for line in sys.stdin:
         ((what, number),) = json.loads(line).items()
         answer(engine.prefill(number) if what == "prefill" else engine.decode(number))

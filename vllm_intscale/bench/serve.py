@@ -1,7 +1,8 @@
 """`intscale bench serve`: a model of random numbers in vLLM's engine, in every quantization it has.
 
-Each configuration runs in an engine of its own, beside one of FP8 that stays, idle, on the same
-GPU: after each timing the same is asked of it, and rows count only where it answers alike.
+Each configuration runs in an engine of its own, some of them on the GPU at once, of which only one
+works at a time. One of FP8 stays beside all of them: after each timing the same is asked of it, and
+rows count only where it answers alike.
 """
 
 from __future__ import annotations
@@ -12,10 +13,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from vllm_intscale.bench.engine_worker import GROUP_SCALES, PROMPT, STEPS
 from vllm_intscale.bench.random_checkpoint import write_random
 from vllm_intscale.errors import IntScaleError
 
@@ -23,9 +29,13 @@ CONTROL = "fp8"
 TOLERANCE = 0.02  # of the control's answers, between the rows that are compared
 PREFILL_PROMPTS = 16
 BATCHES = (1, 16, 64, 256)
-CONTROL_MEMORY = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 2**33}
-MEMORY = {"gpu_memory_utilization": 0.6}
 MAX_LEN = 4096
+CACHE_TOKENS = 16384  # at least, of each engine
+# The largest, bf16, is beside small ones: with the control, three have room on a GPU of 80 GB.
+AT_ONCE = 3
+# Nobody here asks for other batches; users have more of these, which takes longer to start.
+GRAPHS = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}
+ENGINE = {"max_model_len": MAX_LEN, "enable_prefix_caching": False, "compilation_config": GRAPHS}
 
 
 class Configuration(NamedTuple):
@@ -44,8 +54,8 @@ CONFIGURATIONS = {
     "intscale": Configuration("intscale", r"\d+ on sm\d+_w4a8_gemm"),
     "bf16": Configuration("bf16", ""),
     "fp8": Configuration("fp8", "Cutlass\\w*FP8"),
-    "w8a8_int8": Configuration("w8a8_int8", "Cutlass\\w*Int8"),
     "machete_w4a16": Configuration("w4a16", "Machete"),
+    "w8a8_int8": Configuration("w8a8_int8", "Cutlass\\w*Int8"),
     "marlin_w4a16": Configuration("gptq", "Marlin", {"linear_backend": "marlin"}),
     "marlin_w4a8_int8": Configuration(
         *("gptq", "Marlin", {"linear_backend": "marlin"}, {"VLLM_MARLIN_INPUT_DTYPE": "int8"})
@@ -55,9 +65,13 @@ CONFIGURATIONS = {
         *("gptq", "(?i)humming", {"quantization": "humming"}),
         {"VLLM_HUMMING_INPUT_QUANT_CONFIG": '{"dtype":"int8"}'},
     ),
-    "intscale_accumulate": Configuration(
-        "intscale", "accumulate form", environment={"INTSCALE_FORM": "accumulate"}
-    ),
+    **{
+        f"intscale_{kind}_scale": Configuration(
+            *("intscale", "accumulate form", {}),
+            {"INTSCALE_FORM": "accumulate", GROUP_SCALES: kind},
+        )
+        for kind in ("integer", "float")
+    },
 }
 
 
@@ -128,6 +142,7 @@ def checkpoint_of(name: str, model: Mapping[str, Any], folder: Path) -> Path:
     form = CONFIGURATIONS[name].format
     if not (folder / form).exists():
         write_random(model, folder / form, form)
+        torch.cuda.empty_cache()  # it was made there
     return folder / form
 
 
@@ -149,48 +164,74 @@ def run(
     """Time configurations, one row after the other; checkpoints and logs go to `folder`.
 
     model: config.json of `random_checkpoint`. engine: arguments of vllm.LLM for all. Returns what
-    is known of each engine that started: seconds of loading, tokens of its KV cache.
+    is known of each engine that started: seconds of loading, GiB of weights.
 
     Raises IntScaleError if the control does not start; what fails otherwise is a row's error.
     """
-    common = {"max_model_len": MAX_LEN, "enable_prefix_caching": False}
+    arguments = {**ENGINE, **memory_of(model, batches), **engine}
     facts: dict[str, dict[str, Any]] = {}
-    control = _start(CONTROL, model, folder, {**common, **CONTROL_MEMORY, **engine}, "control")
-    try:
-        for name in configurations:
-            try:
-                worker = _start(name, model, folder, {**common, **MEMORY, **engine}, name)
-            except IntScaleError as error:
-                on_row(Row(name, "start", 0, None, None, str(error)))
-                continue
-            facts[name] = worker.facts
-            try:
-                for row in _rows(name, worker, control, batches):
-                    on_row(row)
-            finally:
-                worker.close()
-    finally:
-        control.close()
+    names = [name for name in configurations if name != CONTROL]
+    groups = [names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE)] or [[]]
+
+    with ThreadPoolExecutor(AT_ONCE + 1) as pool:
+
+        def starting(group: Sequence[str]) -> AbstractContextManager[dict[str, Future[Worker]]]:
+            folders = [(name, checkpoint_of(name, model, folder)) for name in group]
+            return closing_all(
+                {n: pool.submit(_start, n, c, arguments, folder) for n, c in folders}
+            )
+
+        with starting([CONTROL]) as controls:
+            for group in groups:
+                with starting(group) as started:
+                    control = controls[CONTROL].result()
+                    workers = {CONTROL: control}
+                    for name, worker in started.items():
+                        try:
+                            workers[name] = worker.result()
+                        except IntScaleError as error:
+                            on_row(Row(name, "start", 0, None, None, str(error)))
+                    facts |= {name: worker.facts for name, worker in workers.items()}
+                    for row in _rows(workers, batches):
+                        if row.configuration in configurations:
+                            on_row(row)
     return facts
 
 
-def _rows(name: str, worker: Worker, control: Worker, batches: Iterable[int]) -> Iterable[Row]:
+@contextmanager
+def closing_all(workers: dict[str, Future[Worker]]) -> Iterator[dict[str, Future[Worker]]]:
+    """Once they have started."""
+    try:
+        yield workers
+    finally:
+        for worker in workers.values():
+            if not worker.exception():
+                worker.result().close()
+
+
+def _rows(workers: dict[str, Worker], batches: Iterable[int]) -> Iterator[Row]:
+    """One configuration after the other for each question, after each the control."""
     questions = [("prefill", PREFILL_PROMPTS), *(("decode", batch) for batch in batches)]
+    control, failed = workers[CONTROL], set()
     for what, number in questions:
-        try:
-            yield Row(name, what, number, worker.ask(what, number), control.ask(what, number))
-        except IntScaleError as error:
-            yield Row(name, what, number, None, None, str(error))
-            return
+        for name, worker in workers.items():
+            if name in failed:
+                continue
+            try:
+                found = worker.ask(what, number)
+            except IntScaleError as error:
+                if worker is control:
+                    raise
+                failed.add(name)
+                yield Row(name, what, number, None, None, str(error))
+                continue
+            beside = found if worker is control else control.ask(what, number)
+            yield Row(name, what, number, found, beside)
 
 
-def _start(
-    name: str, model: Mapping[str, Any], folder: Path, engine: Mapping[str, Any], log_name: str
-) -> Worker:
-    """With its checkpoint, if that is not there yet. Raises IntScaleError if it does not start."""
-    configuration = CONFIGURATIONS[name]
-    checkpoint = checkpoint_of(name, model, folder)
-    log = folder / f"{log_name}.log"
+def _start(name: str, checkpoint: Path, engine: Mapping[str, Any], folder: Path) -> Worker:
+    """Raises IntScaleError if it does not start, or another kernel runs than is meant."""
+    configuration, log = CONFIGURATIONS[name], folder / f"{name}.log"
     arguments = {"model": str(checkpoint), **engine, **configuration.options}
     worker = Worker(arguments, configuration.environment, log)
     if not re.search(configuration.log, log.read_text()):
@@ -200,6 +241,14 @@ def _start(
             f"see {log}"
         )
     return worker
+
+
+def memory_of(model: Mapping[str, Any], batches: Sequence[int]) -> dict[str, Any]:
+    """Options of an engine that leaves memory to others: a KV cache for what it is asked."""
+    tokens = max(CACHE_TOKENS, max(batches) * (PROMPT + 2 * STEPS))
+    heads = model["num_key_value_heads"], model["hidden_size"] // model["num_attention_heads"]
+    size = 2 * torch.bfloat16.itemsize * model["num_hidden_layers"] * heads[0] * heads[1]
+    return {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": tokens * size}
 
 
 def agreeing(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vllm_intscale.bench.engine_worker import GROUP_SCALES
 from vllm_intscale.bench.serve import CONFIGURATIONS, Row, checkpoint_of, last_line
 from vllm_intscale.errors import IntScaleError
 
@@ -50,6 +51,8 @@ def run(
     Arguments as for `serve.run`. What fails is a row's error.
     """
     for name in configurations:
+        if GROUP_SCALES in CONFIGURATIONS[name].environment:
+            continue  # only `engine_worker` can run that
         try:
             with _server(name, model, folder, engine) as (url, checkpoint):
                 for concurrency in concurrencies:
