@@ -292,6 +292,9 @@ def evaluate(
         str | None,
         typer.Option(help="As for vllm serve: intscale quantizes or converts while loading."),
     ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="With torch.compile, as vllm serve has it.")
+    ] = False,
 ) -> None:
     """Perplexity of a model on a text, through vLLM's engine.
 
@@ -300,7 +303,9 @@ def evaluate(
     """
     from vllm_intscale.evaluate import perplexity
 
-    result = perplexity(model, text, window, limit, dtype, gpu_memory_utilization, quantization)
+    result = perplexity(
+        model, text, window, limit, dtype, gpu_memory_utilization, quantization, compile
+    )
     print(f"windows     {result.windows} of {result.window} tokens")
     print(f"tokens      {result.tokens} scored")
     print(f"perplexity  {result.perplexity:.4f}")

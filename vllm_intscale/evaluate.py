@@ -30,6 +30,7 @@ def perplexity(
     dtype: str = "bfloat16",
     gpu_memory_utilization: float = 0.9,
     quantization: str | None = None,
+    compile: bool = False,
 ) -> Result:
     """exp of the mean negative log likelihood of a text, in windows scored independently.
 
@@ -37,7 +38,7 @@ def perplexity(
     rest is dropped); positions 1 to window - 1 of each are scored. limit: use only this many.
     gpu_memory_utilization: vLLM's share of the GPU's memory. quantization: vLLM's option, if not
     what the model's config says: "intscale" converts a model of another tool, or an unquantized
-    one, while it is loaded.
+    one, while it is loaded. compile: with torch.compile, as models are served (`fusion`).
 
     Raises IntScaleError if vLLM is missing, or the text unreadable or shorter than a window.
     """
@@ -63,7 +64,7 @@ def perplexity(
             max_num_batched_tokens=2048,  # each holds the log probabilities of a whole vocabulary
             enable_prefix_caching=False,  # a cached position has no log probability
             gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=True,
+            enforce_eager=not compile,
         )
     except ValueError as error:  # IntScaleError, too
         reason = " ".join(str(error).split())

@@ -19,8 +19,9 @@ from typing import Any
 
 PROMPT = 128  # tokens of a prompt of which a step of decoding is timed
 LONG_PROMPT = 2048  # of one of which prefill is timed
-STEPS = 64  # of decoding
-PROFILED_STEPS = 16
+STEPS, PROFILED_STEPS = 64, 32  # of decoding
+SPARE = 16  # tokens that the first request may be ahead of the last, before and after these
+ANSWER = 2 * SPARE + STEPS + PROFILED_STEPS
 KERNELS_LOGGED = 20
 GROUP_SCALES = "INTSCALE_BENCH_GROUP_SCALES"
 
@@ -38,60 +39,78 @@ class Engine:
     def __init__(self, arguments: dict[str, Any]) -> None:
         import torch
         from vllm import LLM, SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        self.torch, self.sampling = torch, SamplingParams
+        self.torch, self.sampling, self.every_token = torch, SamplingParams, RequestOutputKind.DELTA
         start = time.perf_counter()
         self.llm = LLM(**arguments)
         self.load_seconds = time.perf_counter() - start
-        vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
+        self.engine = self.llm.llm_engine
+        vocabulary = self.engine.model_config.get_vocab_size()
         self.generator, self.largest = random.Random(0), vocabulary - 1
-
-    def generate(self, requests: int, prompt: int, answer: int) -> float:
-        """Seconds of answering requests that come all at once, each answer as long as told."""
-        prompts = [
-            {"prompt_token_ids": [self.generator.randint(3, self.largest) for _ in range(prompt)]}
-            for _ in range(requests)
-        ]
-        sampling = self.sampling(
-            max_tokens=answer, ignore_eos=True, temperature=0, detokenize=False
-        )
-        start = time.perf_counter()
-        self.llm.generate(prompts, sampling, use_tqdm=False)
-        return time.perf_counter() - start
+        self.requests = 0
 
     def prefill(self, prompts: int) -> dict[str, float | None]:
-        seconds = min(self.generate(prompts, LONG_PROMPT, 1) for _ in range(2))
+        sampling = self.sampling(max_tokens=1, temperature=0, detokenize=False)
+        seconds = min(self._prefill(prompts, sampling) for _ in range(2))
         return {"tokens_per_second": prompts * LONG_PROMPT / seconds}
+
+    def _prefill(self, prompts: int, sampling: Any) -> float:
+        made = self._prompts(prompts, LONG_PROMPT)
+        start = time.perf_counter()
+        self.llm.generate(made, sampling, use_tqdm=False)
+        return time.perf_counter() - start
 
     def decode(self, batch: int) -> dict[str, float | None]:
         """Milliseconds of a step: of wall time, and those in which the GPU is busy."""
-        first = min(self.generate(batch, PROMPT, 1) for _ in range(2))
-        whole = min(self.generate(batch, PROMPT, 1 + STEPS) for _ in range(2))
-        found: dict[str, float | None] = {"step_ms": 1e3 * (whole - first) / STEPS}
-        found["tokens_per_second"] = batch * STEPS / (whole - first)
-        found["gpu_step_ms"] = None
-        if self.torch.cuda.is_available():
-            (less, before), (more, after) = (
-                self._profiled(batch, 1 + steps) for steps in (0, PROFILED_STEPS)
-            )
-            found["gpu_step_ms"] = (more - less) / PROFILED_STEPS / 1e3
-            after.subtract(before)
-            print(f"Microseconds of each step, batch {batch}:")
-            for name, us in after.most_common(KERNELS_LOGGED):
-                print(f"{us / PROFILED_STEPS:10.1f}  {name[:120]}")
+        sampling = self.sampling(
+            max_tokens=ANSWER, ignore_eos=True, temperature=0, detokenize=False
+        )
+        sampling.output_kind = self.every_token
+        for prompt in self._prompts(batch, PROMPT):
+            self.requests += 1
+            self.engine.add_request(str(self.requests), prompt, sampling)
+        answering: set[str] = set()
+        while len(answering) < batch:
+            answering |= {output.request_id for output in self.engine.step()}
+        self._steps(batch, 1)  # no prompt is among those that follow
+        seconds = self._steps(batch, STEPS)
+        found: dict[str, float | None] = {"step_ms": 1e3 * seconds}
+        found["tokens_per_second"] = batch / seconds
+        found["gpu_step_ms"] = self._busy_ms(batch) if self.torch.cuda.is_available() else None
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
         return found
 
-    def _profiled(self, batch: int, answer: int) -> tuple[float, Counter[str]]:
-        """Microseconds in which the GPU is busy, and those of each kernel."""
+    def _prompts(self, requests: int, tokens: int) -> list[dict[str, list[int]]]:
+        return [
+            {"prompt_token_ids": [self.generator.randint(3, self.largest) for _ in range(tokens)]}
+            for _ in range(requests)
+        ]
+
+    def _steps(self, batch: int, steps: int) -> float:
+        """Seconds of a step, of so many."""
+        start, tokens = time.perf_counter(), 0
+        while tokens < steps * batch:
+            tokens += sum(len(output.outputs[0].token_ids) for output in self.engine.step())
+        return (time.perf_counter() - start) * batch / tokens
+
+    def _busy_ms(self, batch: int) -> float:
+        """Of a step, in which the GPU is busy; the log gets the time of each kernel."""
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            self.generate(batch, PROMPT, answer)
+            self._steps(batch, PROFILED_STEPS)
+            self.torch.cuda.synchronize()
         kernels = [e for e in profiled.events() if e.device_type.name == "CUDA"]
         each: Counter[str] = Counter()
         for kernel in kernels:
             each[kernel.name] += kernel.time_range.elapsed_us()
-        return busy((e.time_range.start, e.time_range.end) for e in kernels), each
+        print(f"Microseconds of each step, batch {batch}:")
+        for name, us in each.most_common(KERNELS_LOGGED):
+            print(f"{us / PROFILED_STEPS:10.1f}  {name[:120]}")
+        total = busy((e.time_range.start, e.time_range.end) for e in kernels)
+        return total / PROFILED_STEPS / 1e3
 
     def facts(self) -> dict[str, Any]:
         model = self.llm.apply_model(_size)[0]

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_intscale.bench.engine_worker import GROUP_SCALES, PROMPT, STEPS
+from vllm_intscale.bench.engine_worker import ANSWER, GROUP_SCALES, PROMPT
 from vllm_intscale.bench.random_checkpoint import write_random
 from vllm_intscale.errors import IntScaleError
 
@@ -30,7 +30,7 @@ TOLERANCE = 0.02  # of the control's answers, between the rows that are compared
 PREFILL_PROMPTS = 16
 BATCHES = (1, 16, 64, 256)
 MAX_LEN = 4096
-CACHE_TOKENS = 16384  # at least, of each engine
+CACHE_TOKENS = 5120  # at least, of each engine
 # The largest, bf16, is beside small ones: with the control, three have room on a GPU of 80 GB.
 AT_ONCE = 3
 # Nobody here asks for other batches; users have more of these, which takes longer to start.
@@ -245,7 +245,7 @@ def _start(name: str, checkpoint: Path, engine: Mapping[str, Any], folder: Path)
 
 def memory_of(model: Mapping[str, Any], batches: Sequence[int]) -> dict[str, Any]:
     """Options of an engine that leaves memory to others: a KV cache for what it is asked."""
-    tokens = max(CACHE_TOKENS, max(batches) * (PROMPT + 2 * STEPS))
+    tokens = max(CACHE_TOKENS, max(batches) * (PROMPT + ANSWER))
     heads = model["num_key_value_heads"], model["hidden_size"] // model["num_attention_heads"]
     size = 2 * torch.bfloat16.itemsize * model["num_hidden_layers"] * heads[0] * heads[1]
     return {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": tokens * size}

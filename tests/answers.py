@@ -1,0 +1,50 @@
+"""Run vLLM offline in a process of its own: `python answers.py JOB.json RESULT.json`.
+
+The job holds `engine`, the arguments of `vllm.LLM`, `rounds`, lists of prompts (token ids) that are
+answered one after the other, and `lora`, a folder or null. The result holds, for each round, the
+tokens of each answer, their log-probabilities and how many tokens of the prompt were cached; and
+what vLLM counted.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+
+def main(job: str, result: str) -> None:
+    settings = json.loads(Path(job).read_text())
+    llm = LLM(disable_log_stats=False, **settings["engine"])
+    sampling = SamplingParams(max_tokens=24, temperature=0, logprobs=0, ignore_eos=True)
+    lora = LoRARequest("adapter", 1, settings["lora"]) if settings["lora"] else None
+    rounds = []
+    for prompts in settings["rounds"]:
+        answers = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            sampling,
+            use_tqdm=False,
+            lora_request=lora,
+        )
+        rounds.append(
+            [
+                {
+                    "tokens": list(a.outputs[0].token_ids),
+                    "logprobs": [
+                        entry[token].logprob
+                        for entry, token in zip(
+                            a.outputs[0].logprobs, a.outputs[0].token_ids, strict=True
+                        )
+                    ],
+                    "cached": a.num_cached_tokens,
+                }
+                for a in answers
+            ]
+        )
+    counted = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    Path(result).write_text(json.dumps({"rounds": rounds, "counted": counted}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

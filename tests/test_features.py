@@ -1,0 +1,145 @@
+"""What vLLM does besides: each feature with an intscale model, on the device that is here.
+
+An answer is compared with the same engine's without the feature. Both compute the same but for the
+order of additions in attention; where that flips an int8 code (test_engine.py), the rest of an
+answer can be another, so that one of three must agree and the first token of none be far off.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import IGNORE, VOCAB
+from safetensors.torch import save_file
+
+pytest.importorskip("vllm")
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+
+ON_GPU = torch.cuda.is_available()
+CLOSE, FLIPPED = (0.05, 1.0) if ON_GPU else (0.002, 0.5)  # float16, float32
+PROMPTS = [
+    torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() * 2
+    for n in (48, 40, 33)
+]
+HERE = Path(__file__).parent
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: Callable[..., Path]) -> Path:
+    return checkpoint("llama", ignore=IGNORE)
+
+
+@pytest.fixture
+def run(folder: Path, tmp_path: Path) -> Run:
+    return lambda **options: answers(folder, tmp_path, **options)
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Answers without any feature."""
+    first: list[Any] = answers(folder, tmp_path_factory.mktemp("plain"))["rounds"][0]
+    return first
+
+
+def answers(
+    folder: Path, tmp_path: Path, rounds: int = 1, lora: Path | None = None, **engine: Any
+) -> dict[str, Any]:
+    """See `answers.py`; each round asks the same."""
+    job, result = tmp_path / "job.json", tmp_path / "result.json"
+    defaults = {"model": str(folder), "dtype": "float16" if ON_GPU else "float32"}
+    defaults |= {"max_model_len": 256, "max_num_seqs": 4, "enforce_eager": True}
+    defaults |= {"enable_prefix_caching": False, "gpu_memory_utilization": 0.05}
+    if ON_GPU:
+        defaults["kv_cache_memory_bytes"] = 2**28
+    content = {"engine": defaults | engine, "rounds": [PROMPTS] * rounds}
+    job.write_text(json.dumps(content | {"lora": str(lora) if lora else None}))
+    process = subprocess.run(
+        [sys.executable, HERE / "answers.py", job, result],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+    )
+    assert process.returncode == 0, process.stdout[-5000:]
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found
+
+
+def largest_differences(found: list[Any], wanted: list[Any]) -> list[tuple[float, float]]:
+    """Of each answer's first log-probability, and of all, infinite where tokens differ."""
+    pairs = []
+    for a, b in zip(found, wanted, strict=True):
+        between = (torch.tensor(a["logprobs"]) - torch.tensor(b["logprobs"])).abs()
+        same = a["tokens"] == b["tokens"]
+        pairs.append((float(between[0]), float(between.max()) if same else float("inf")))
+    print("difference of the first token, and the largest:", pairs)
+    return pairs
+
+
+def agree(found: list[Any], wanted: list[Any], close: float = CLOSE) -> bool:
+    pairs = largest_differences(found, wanted)
+    return min(b for _, b in pairs) < close and max(a for a, _ in pairs) < FLIPPED
+
+
+def test_prefix_caching(run: Run, plain: list[Any]) -> None:
+    first, second = run(rounds=2, enable_prefix_caching=True, block_size=32)["rounds"]
+    assert all(a["cached"] == 0 for a in first) and all(a["cached"] >= 64 for a in second)
+    assert agree(first, plain) and agree(second, plain)
+
+
+def test_chunked_prefill(run: Run, plain: list[Any]) -> None:
+    """Each prompt is longer than what a step takes."""
+    chunked = run(max_num_batched_tokens=32, enable_chunked_prefill=True)
+    assert agree(chunked["rounds"][0], plain)
+
+
+def test_speculative_decoding(run: Run, plain: list[Any]) -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 3}
+    ngram |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    speculative = run(speculative_config=ngram)
+    assert speculative["counted"]["vllm:spec_decode_num_draft_tokens"] > 0
+    assert agree(speculative["rounds"][0], plain)
+
+
+def write_adapter(folder: Path, out: Path, size: float) -> Path:
+    """For q and down of all layers, rank 8, with B of this standard deviation."""
+    config = json.loads((folder / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    generator, rank, tensors = torch.Generator().manual_seed(0), 8, {}
+    shapes = {"self_attn.q_proj": (hidden, hidden), "mlp.down_proj": (hidden, inner)}
+    for layer in range(config["num_hidden_layers"]):
+        for name, (n, k) in shapes.items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, k, generator=generator) * 0.05
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(n, rank, generator=generator) * size
+    out.mkdir()
+    save_file(tensors, out / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none"}
+    settings |= {"target_modules": ["q_proj", "down_proj"]}
+    (out / "adapter_config.json").write_text(json.dumps(settings))
+    return out
+
+
+def test_lora(run: Run, plain: list[Any], folder: Path, tmp_path: Path) -> None:
+    """An adapter of zeros changes nothing, another does."""
+    options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}
+    zero = run(lora=write_adapter(folder, tmp_path / "zero", 0.0), **options)["rounds"][0]
+    assert agree(zero, plain)
+    other = run(lora=write_adapter(folder, tmp_path / "other", 0.5), **options)["rounds"][0]
+    assert min(first for first, _ in largest_differences(other, plain)) > CLOSE
+
+
+@pytest.mark.skipif(not ON_GPU, reason="an fp8 cache needs a GPU here")
+def test_fp8_cache(run: Run, plain: list[Any]) -> None:
+    """Its rounding is seen, and small."""
+    pairs = largest_differences(run(kv_cache_dtype="fp8")["rounds"][0], plain)
+    assert 0 < max(first for first, _ in pairs) < FLIPPED
