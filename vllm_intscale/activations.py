@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -14,9 +12,9 @@ FLAG_BYTES = 4096  # kFlagBytes of common.cuh
 
 def new_activation(like: Tensor, rows: int, k: int) -> Tensor:
     """Uninitialized int8 activations of `rows` x `k` in the kernels' layout, flags behind them."""
-    shape = -(-k // 128), -(-rows // 8) * 8, 128
-    size = math.prod(shape)
-    return like.new_empty(size + FLAG_BYTES, dtype=torch.int8)[:size].view(shape)
+    blocks, padded = -(-k // 128), -(-rows // 8) * 8
+    buffer = like.new_empty(blocks * padded * 128 + FLAG_BYTES, dtype=torch.int8)
+    return buffer.as_strided((blocks, padded, 128), (padded * 128, 128, 1))
 
 
 def check_flags(a8: Tensor) -> None:

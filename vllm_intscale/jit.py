@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -30,6 +31,7 @@ from vllm_intscale.errors import IntScaleError
 logger = logging.getLogger("vllm.intscale")  # below vLLM's logger, so that its handlers apply
 
 MIN_COMPUTE_CAPABILITY = (8, 0)
+MAX_ARGUMENTS = 32  # of a kernel
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,26 @@ def _function(kernel: Kernel, device: int) -> Any:
     return _driver().CUfunction(load(kernel, device).kernel.ptr)
 
 
+_of_thread = threading.local()
+
+
+def _arguments() -> tuple[Any, int]:
+    """A slot of 8 bytes for each argument, and the address of an array of the slots' addresses.
+
+    Shorter integers lie in the low bytes of a slot. A launch copies them before it returns, so that
+    a thread needs no more than one set.
+    """
+    try:
+        found: tuple[Any, int] = _of_thread.arguments
+    except AttributeError:
+        values = (ctypes.c_uint64 * MAX_ARGUMENTS)()
+        start = ctypes.addressof(values)
+        addresses = (start + 8 * i for i in range(MAX_ARGUMENTS))
+        _of_thread.pointers = (ctypes.c_void_p * MAX_ARGUMENTS)(*addresses)  # kept alive
+        found = _of_thread.arguments = values, ctypes.addressof(_of_thread.pointers)
+    return found
+
+
 @lru_cache(4096)
 def _launch_config(
     grid: tuple[int, ...], threads: int, shared_bytes: int, cluster: int, overlap: bool, stream: int
@@ -212,21 +234,18 @@ def launch(
     has ended, and waits for it where it has to (programmatic dependent launch, which there is from
     Hopper on; before, it starts after it).
     """
-    assert device.index is not None
-    if device.index != torch.cuda.current_device():
+    index = device.index
+    assert index is not None
+    if index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, device, grid, threads, args, shared_bytes, cluster, overlap)
-    function = _function(kernel, device.index)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    overlap = overlap and _can_overlap(device.index)
+    # What torch.cuda.current_stream would wrap in an object: Inductor's code asks for it like this.
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    overlap = overlap and _can_overlap(index)
     config = _launch_config(grid, threads, shared_bytes, cluster, overlap, stream)
-    # One slot of 8 bytes an argument: shorter integers lie in its low bytes.
-    values = (ctypes.c_uint64 * len(args))(
-        *(a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else int(a) for a in args)
-    )
-    start = ctypes.addressof(values)
-    pointers = (ctypes.c_void_p * len(args))(*range(start, start + 8 * len(args), 8))
-    (error,) = _driver().cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0)
+    values, pointers = _arguments()
+    values[: len(args)] = [a if type(a) is int else 0 if a is None else a.data_ptr() for a in args]
+    (error,) = _driver().cuLaunchKernelEx(config, _function(kernel, index), pointers, 0)
     if error:
         raise IntScaleError(
             f"kernel {kernel} cannot be launched on grid {grid}, {threads} threads, {shared_bytes} "

@@ -31,6 +31,7 @@ def dtype_code(dtype: torch.dtype) -> int:
     return DTYPES[dtype]
 
 
+@cache
 def row_kernel(function: str, dtype: torch.dtype) -> jit.Kernel:
     """One of `activation.cu`."""
     shared = MAX_ROW_BYTES if function == "silu_mul_quantize" else 0

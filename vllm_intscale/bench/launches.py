@@ -1,7 +1,8 @@
 """`python -m vllm_intscale.bench.launches`: host microseconds of each operator, without graphs.
 
 One token through the layers of LLaMA-3-8B, many times without waiting for the GPU: what a caller
-pays before the GPU has begun. CUDA graphs hide it while decoding; elsewhere it bounds small batches.
+pays before the GPU has begun. CUDA graphs hide it while decoding; elsewhere it bounds a batch that
+is small.
 """
 
 from __future__ import annotations
