@@ -87,13 +87,19 @@ def test_engines_on_cpu(
 ) -> None:
     """With a control in bf16; one configuration whose kernel is not the one that is meant."""
     pytest.importorskip("vllm")
-    monkeypatch.setattr(serve, "CONTROL", "bf16")
     monkeypatch.setattr(serve, "PREFILL_PROMPTS", 2)
     monkeypatch.setitem(random_checkpoint.MODELS, "small", SMALL)
     ours = Configuration("intscale", r"14 on cpu_backend|8 on cpu_backend")
     monkeypatch.setitem(serve.CONFIGURATIONS, "intscale", ours)
     command = ["intscale", "bench", "serve", "--model", "small", "--batches", "1,3", "--out"]
-    options = ["--configurations", "intscale,w8a8_int8", "--plot", str(tmp_path / "plot.png")]
+    options = [
+        "--configurations",
+        "intscale,w8a8_int8",
+        "--control",
+        "bf16",
+        "--plot",
+        str(tmp_path / "plot.png"),
+    ]
     engine: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": 4}
     options += ["--engine", json.dumps(engine), "--concurrency", "2"]
     monkeypatch.setattr(served, "PROMPT", 16)

@@ -74,5 +74,9 @@ def test_random_checkpoint(name: str, tmp_path: Path) -> None:
         q, s, c = (file.get_tensor(f"model.layers.1.self_attn.k_proj.{n}") for n in TENSOR_NAMES)
     w = unpack_codes(q, 4) * s.repeat_interleave(128, dim=1) * c[:, None]
     assert w.shape == (128, 256) and w.std() == pytest.approx(0.02, rel=0.2)
+    with safe_open(out / "model-00001.safetensors", "pt") as file:
+        biases = {key for key in file.keys() if key.endswith(".bias")}  # noqa: SIM118
+    parts = "qkv" if name.startswith("qwen2") else ""
+    assert biases == {f"model.layers.1.self_attn.{part}_proj.bias" for part in parts}
     with pytest.raises(IntScaleError, match="exists"):
         random_checkpoint.write_random(small, out)

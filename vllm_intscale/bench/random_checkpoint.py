@@ -21,53 +21,38 @@ from vllm_intscale.bench.random_formats import INTSCALE, WEIGHT_STD, device, for
 from vllm_intscale.checkpoint import CONFIG
 from vllm_intscale.errors import IntScaleError
 
+
+def _shape(
+    kind: str,
+    hidden: int,
+    inner: int,
+    layers: int,
+    heads: tuple[int, int],
+    vocab: int,
+    theta: float,
+) -> dict[str, Any]:
+    """Of config.json. heads: those of queries, those of keys and values."""
+    return {
+        "architectures": [f"{kind}ForCausalLM"],
+        "model_type": kind.lower(),
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "vocab_size": vocab,
+        "rope_theta": theta,
+    }
+
+
 MODELS: dict[str, dict[str, Any]] = {
-    "llama-3-8b": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "rope_theta": 500000.0,
-    },
-    "llama-2-7b": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-        "rope_theta": 10000.0,
-    },
-    "llama-2-13b": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 40,
-        "vocab_size": 32000,
-        "rope_theta": 10000.0,
-    },
-    "mixtral-8x7b": {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "vocab_size": 32000,
-        "rope_theta": 1000000.0,
-    },
+    "llama-3-8b": _shape("Llama", 4096, 14336, 32, (32, 8), 128256, 5e5),
+    "llama-3-70b": _shape("Llama", 8192, 28672, 80, (64, 8), 128256, 5e5),
+    "llama-2-7b": _shape("Llama", 4096, 11008, 32, (32, 32), 32000, 1e4),
+    "llama-2-13b": _shape("Llama", 5120, 13824, 40, (40, 40), 32000, 1e4),
+    "qwen2.5-7b": _shape("Qwen2", 3584, 18944, 28, (28, 4), 152064, 1e6),
+    "mixtral-8x7b": _shape("Mixtral", 4096, 14336, 32, (32, 8), 32000, 1e6)
+    | {"num_local_experts": 8, "num_experts_per_tok": 2},
 }
 COMMON = {
     "hidden_act": "silu",
@@ -81,7 +66,7 @@ COMMON = {
 
 
 def write_random(model: Mapping[str, Any], out: Path, format_name: str = "intscale") -> None:
-    """Write a checkpoint for this config.json of a Llama or a Mixtral, one file a layer.
+    """Write a checkpoint for this config.json of a Llama, Qwen2 or Mixtral, one file a layer.
 
     Raises IntScaleError if `out` exists or the format is unknown.
     """
@@ -98,7 +83,7 @@ def write_random(model: Mapping[str, Any], out: Path, format_name: str = "intsca
             if len(shape) == 2 and ".layers." in name and INTSCALE.scheme_of(name):
                 tensors |= linear(name, shape[0], shape[1])
             else:
-                tensors[f"{name}.weight"] = _other(shape)
+                tensors[name if name.endswith(".bias") else f"{name}.weight"] = _other(name, shape)
         save_file({name: tensor.cpu() for name, tensor in tensors.items()}, out / file)
         names |= dict.fromkeys(tensors, file)
     index = {"metadata": {}, "weight_map": names}
@@ -117,7 +102,7 @@ def model_of(name: str) -> dict[str, Any]:
 
 
 def _files(config: Mapping[str, Any]) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Shapes of the weights by module, file by file."""
+    """Shapes of the weights by module, and of biases, file by file."""
     hidden, inner, vocab = (config[f"{n}_size"] for n in ("hidden", "intermediate", "vocab"))
     head = hidden // config["num_attention_heads"]
     q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
@@ -129,6 +114,8 @@ def _files(config: Mapping[str, Any]) -> Iterator[dict[str, tuple[int, ...]]]:
         shapes: dict[str, tuple[int, ...]] = {
             f"{layer}.self_attn.{name}_proj": size for name, size in sizes.items()
         }
+        if config["model_type"] == "qwen2":
+            shapes |= {f"{layer}.self_attn.{n}_proj.bias": sizes[n][:1] for n in "qkv"}
         shapes |= {f"{layer}.input_layernorm": (hidden,)}
         shapes |= {f"{layer}.post_attention_layernorm": (hidden,)}
         if experts:
@@ -147,8 +134,8 @@ def _files(config: Mapping[str, Any]) -> Iterator[dict[str, tuple[int, ...]]]:
     }
 
 
-def _other(shape: tuple[int, ...]) -> Tensor:
-    if len(shape) == 1:
+def _other(name: str, shape: tuple[int, ...]) -> Tensor:
+    if name.endswith("norm"):
         return torch.ones(shape, dtype=torch.bfloat16)
     return torch.randn(shape, dtype=torch.bfloat16, device=device()).mul_(WEIGHT_STD)
 

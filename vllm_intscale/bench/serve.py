@@ -1,8 +1,8 @@
 """`intscale bench serve`: a model of random numbers in vLLM's engine, in every quantization it has.
 
 Each configuration runs in an engine of its own, some of them on the GPU at once, of which only one
-works at a time. One of FP8 stays beside all of them: after each timing the same is asked of it, and
-rows count only where it answers alike.
+works at a time. The control's stays beside all of them: after each timing the same is asked of it,
+and rows count only where it answers alike.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ from vllm_intscale.bench.engine_worker import ANSWER, GROUP_SCALES, PROMPT
 from vllm_intscale.bench.random_checkpoint import write_random
 from vllm_intscale.errors import IntScaleError
 
-CONTROL = "fp8"
 TOLERANCE = 0.02  # of the control's answers, between the rows that are compared
 PREFILL_PROMPTS = 16
 BATCHES = (1, 16, 64, 256)
 MAX_LEN = 4096
 CACHE_TOKENS = 5120  # at least, of each engine
-# The largest, bf16, is beside small ones: with the control, three have room on a GPU of 80 GB.
-AT_ONCE = 3
+AT_ONCE = 2  # beside the control: what has room on a GPU of 80 GB if one of them is 8B in bf16
 # Nobody here asks for other batches; users have more of these, which takes longer to start.
 GRAPHS = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}
 ENGINE = {"max_model_len": MAX_LEN, "enable_prefix_caching": False, "compilation_config": GRAPHS}
@@ -64,6 +62,9 @@ CONFIGURATIONS = {
     "humming_w4a8_int8": Configuration(
         *("gptq", "(?i)humming", {"quantization": "humming"}),
         {"VLLM_HUMMING_INPUT_QUANT_CONFIG": '{"dtype":"int8"}'},
+    ),
+    "intscale_unfused": Configuration(
+        "intscale", r"\d+ on sm\d+_w4a8_gemm", {}, {"INTSCALE_FUSE": "0"}
     ),
     **{
         f"intscale_{kind}_scale": Configuration(
@@ -160,17 +161,19 @@ def run(
     folder: Path,
     on_row: Callable[[Row], None],
     engine: Mapping[str, Any],
+    control_name: str,
 ) -> dict[str, dict[str, Any]]:
     """Time configurations, one row after the other; checkpoints and logs go to `folder`.
 
-    model: config.json of `random_checkpoint`. engine: arguments of vllm.LLM for all. Returns what
+    model: config.json of `random_checkpoint`. engine: arguments of vllm.LLM for all. control_name:
+    the configuration that the same is asked of after each of the others. Returns what
     is known of each engine that started: seconds of loading, GiB of weights.
 
     Raises IntScaleError if the control does not start; what fails otherwise is a row's error.
     """
     arguments = {**ENGINE, **memory_of(model, batches), **engine}
     facts: dict[str, dict[str, Any]] = {}
-    names = [name for name in configurations if name != CONTROL]
+    names = [name for name in configurations if name != control_name]
     groups = [names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE)] or [[]]
 
     with ThreadPoolExecutor(AT_ONCE + 1) as pool:
@@ -181,11 +184,10 @@ def run(
                 {n: pool.submit(_start, n, c, arguments, folder) for n, c in folders}
             )
 
-        with starting([CONTROL]) as controls:
+        with starting([control_name]) as controls:
             for group in groups:
                 with starting(group) as started:
-                    control = controls[CONTROL].result()
-                    workers = {CONTROL: control}
+                    workers = {control_name: controls[control_name].result()}
                     for name, worker in started.items():
                         try:
                             workers[name] = worker.result()
@@ -210,9 +212,9 @@ def closing_all(workers: dict[str, Future[Worker]]) -> Iterator[dict[str, Future
 
 
 def _rows(workers: dict[str, Worker], batches: Iterable[int]) -> Iterator[Row]:
-    """One configuration after the other for each question, after each the control."""
+    """One configuration after the other for each question, after each the first, the control."""
     questions = [("prefill", PREFILL_PROMPTS), *(("decode", batch) for batch in batches)]
-    control, failed = workers[CONTROL], set()
+    control, failed = next(iter(workers.values())), set()
     for what, number in questions:
         for name, worker in workers.items():
             if name in failed:

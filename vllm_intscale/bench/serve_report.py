@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,23 +69,46 @@ def summary(rows: Sequence[Row], **context: Any) -> dict[str, Any]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Milliseconds of a step over the batch, every configuration."""
+    """Of every configuration: a step over the batch; what is served over requests at a time."""
+    panels = [
+        ("decode", _step, "milliseconds a step"),
+        ("serve", _figure("output_tokens_per_second"), "tokens a second"),
+        ("serve", _figure("p99_tpot_ms"), "milliseconds a token, 99 % below"),
+    ]
+    panels = [panel for panel in panels if any(r.what == panel[0] and r.found for r in rows)]
     pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(figsize=(6, 4.5))
-    for i, name in enumerate(dict.fromkeys(row.configuration for row in rows)):
-        chosen = [r for r in rows if r.configuration == name and r.what == "decode" and r.found]
-        points = [(r.batch, _step(r.found)) for r in chosen if r.found]
-        if points:
-            style = (
-                {"color": "black", "linewidth": 2.5} if name == OURS else {"color": f"C{i % 10}"}
-            )
-            axes.plot(*zip(*points, strict=True), marker="o", label=name, **style)
-    axes.set(xlabel="batch", ylabel="milliseconds a step", xscale="log", yscale="log")
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.4)
-    figure.tight_layout()
+    figure, grid = pyplot.subplots(
+        1, len(panels), figsize=(2 + 4.5 * len(panels), 5), squeeze=False, layout="constrained"
+    )
+    names = list(dict.fromkeys(row.configuration for row in rows))
+    for axes, (what, value, label) in zip(grid[0], panels, strict=True):
+        for i, name in enumerate(names):
+            chosen = [r for r in rows if r.configuration == name and r.what == what]
+            points = sorted((r.batch, value(r.found)) for r in chosen if r.found)
+            if points:
+                ours = {"color": "black", "linewidth": 2.5, "zorder": 3}
+                other = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
+                style = ours if name == OURS else other
+                axes.plot(*zip(*points, strict=True), marker="o", label=name, **style)
+        counts = sorted({r.batch for r in rows if r.what == what and r.found})
+        axes.set(xlabel=COUNTED[what], ylabel=label, xscale="log")
+        axes.set_xticks(counts, counts, minor=False)
+        axes.set_xticks([], minor=True)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.4)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, fontsize="small", ncols=2 + len(panels), loc="outside lower center"
+    )
     figure.savefig(path, dpi=120)
 
 
-def _step(found: Mapping[str, float | None]) -> float | None:
+Answer = Mapping[str, float | None]
+
+
+def _step(found: Answer) -> float | None:
     return found.get("gpu_step_ms") or found.get("step_ms")
+
+
+def _figure(name: str) -> Callable[[Answer], float | None]:
+    return lambda found: found.get(name)
