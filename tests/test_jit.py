@@ -6,7 +6,9 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import generators
@@ -79,7 +81,8 @@ def test_every_variant_compiles_without_local_memory(arch: int, tmp_path: Path) 
     int4 = 7 * 2 + (17 + 12 if arch == 90 else 0)  # for each group size
     int8 = 7 * 2 + (11 + 8 if arch == 90 else 0)
     assert len(variants) == row_kernels + (int4 * 3 + int8) * 2
-    for kernel in variants:
+
+    def check(kernel: jit.Kernel) -> None:
         source = jit.read_source(kernel.file)
         options = [*jit.compile_options(kernel), "-ftz=true"]
         options += [] if kernel.arch else [f"-arch=sm_{arch}"]
@@ -92,12 +95,15 @@ def test_every_variant_compiles_without_local_memory(arch: int, tmp_path: Path) 
         assert "0 bytes stack frame, 0 bytes spill stores" in log, f"{kernel} sm_{arch}: {log}"
         assert "serialized" not in log, f"{kernel} sm_{arch}: {log}"
         if cuobjdump and kernel.arch:
-            cubin = tmp_path / "kernel.cubin"
+            cubin = tmp_path / f"{threading.get_ident()}.cubin"
             cubin.write_bytes(nvrtc.getCUBIN(program) + b"\0")  # CuPy takes the last byte for a NUL
             instructions = sass.disassemble(cuobjdump, cubin)
             assert any(sass.MULTIPLY.match(line) for line in instructions)
             assert not sass.touched_in_flight(instructions), kernel
         nvrtc.destroyProgram(program)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        assert len(list(pool.map(check, variants))) == len(variants)
     if arch == 90 and cuobjdump is None:
         pytest.skip("all but accumulators in flight: needs cuobjdump, CUDA toolkit's or Triton's")
 
