@@ -1,9 +1,9 @@
 """Run vLLM offline in a process of its own: `python answers.py JOB.json RESULT.json`.
 
-The job holds `engine`, the arguments of `vllm.LLM`, `rounds`, lists of prompts (token ids) that are
-answered one after the other, and `lora`, a folder or null. The result holds, for each round, the
-tokens of each answer, their log-probabilities and how many tokens of the prompt were cached; and
-what vLLM counted.
+The job holds `engine`, the arguments of `vllm.LLM`, `prompts` (token ids) and `adapters`: the
+prompts are answered once with each of these LoRA folders, or without where it is null. The result
+holds, for each of these rounds, the tokens of each answer, their log-probabilities and how many
+tokens of the prompt were cached; and what vLLM counted.
 """
 
 import json
@@ -18,14 +18,13 @@ def main(job: str, result: str) -> None:
     settings = json.loads(Path(job).read_text())
     llm = LLM(disable_log_stats=False, **settings["engine"])
     sampling = SamplingParams(max_tokens=24, temperature=0, logprobs=0, ignore_eos=True)
-    lora = LoRARequest("adapter", 1, settings["lora"]) if settings["lora"] else None
     rounds = []
-    for prompts in settings["rounds"]:
+    for number, adapter in enumerate(settings["adapters"], start=1):
         answers = llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [{"prompt_token_ids": prompt} for prompt in settings["prompts"]],
             sampling,
             use_tqdm=False,
-            lora_request=lora,
+            lora_request=LoRARequest(f"adapter {number}", number, adapter) if adapter else None,
         )
         rounds.append(
             [

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +26,9 @@ from vllm.platforms import current_platform
 
 from vllm_intscale import fusion, ops, reference
 from vllm_intscale.errors import IntScaleError
+from vllm_intscale.quantize import quantize_model
+
+EXAMPLES = Path(__file__).parents[1] / "serving_examples"
 
 EPSILON = 1e-5
 NAMES = ("norm_quantize", "silu_mul_quantize", "quantize_activation", "rms_norm")
@@ -161,3 +169,27 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("INTSCALE_FUSE", "yes")
         with pytest.raises(IntScaleError, match="INTSCALE_FUSE is 'yes'; it must be 0 or 1"):
             fusion.install()
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(420)
+def test_perplexity_is_that_without_fusion(tmp_path: Path) -> None:
+    """Within 0.02 %; both compiled, which rounds at other places. Norms are fused on GPUs only."""
+    quantize_model(str(EXAMPLES / "tiny-llama"), tmp_path / "quantized")
+    text = str(EXAMPLES / "tiny-llama-heldout.txt")
+    command = ["-c", "from vllm_intscale.cli import main; main()", "eval"]
+    command += [str(tmp_path / "quantized"), "--text", text, "--window", "256", "--limit", "40"]
+    command += ["--dtype", "float16", "--compile", "--gpu-memory-utilization", "0.1"]
+    found = {}
+    for fuse in ("0", "1"):
+        run = subprocess.run(
+            [sys.executable, *command],
+            env={**os.environ, "INTSCALE_FUSE": fuse},
+            capture_output=True,
+            text=True,
+        )
+        assert not run.returncode, run.stderr[-3000:]
+        assert ("inputs of layers are quantized by" in run.stdout) == (fuse == "1")
+        found[fuse] = json.loads(run.stdout.splitlines()[-1])["perplexity"]
+    print("perplexity without and with:", found)
+    assert found["1"] != found["0"] and found["1"] == pytest.approx(found["0"], rel=2e-4)
