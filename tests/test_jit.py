@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import subprocess
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import generators
 import pytest
@@ -106,6 +108,38 @@ def test_every_variant_compiles_without_local_memory(arch: int, tmp_path: Path) 
         assert len(list(pool.map(check, variants))) == len(variants)
     if arch == 90 and cuobjdump is None:
         pytest.skip("all but accumulators in flight: needs cuobjdump, CUDA toolkit's or Triton's")
+
+
+def test_launch_passes_each_argument_in_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver is a fake one that reads the slots: addresses, nulls, integers of either sign."""
+    tensors = torch.zeros(3), torch.zeros(5, dtype=torch.int8)[1:]
+    arguments = (*tensors, None, 7, -3, 2**40 + 1, 0)
+    wanted = [*(t.data_ptr() for t in tensors), 0, 7, 2**64 - 3, 2**40 + 1, 0]
+    seen = []
+    together = threading.Barrier(2)
+
+    class Driver:
+        def cuLaunchKernelEx(self, config: str, function: str, pointers: int, extra: int) -> Any:
+            assert (config, function, extra) == ("config", "function", 0)
+            together.wait(10)  # both threads have written theirs
+            addresses = (ctypes.c_void_p * len(wanted)).from_address(pointers)
+            seen.append([ctypes.c_uint64.from_address(a or 0).value for a in addresses])
+            return (0,)
+
+    monkeypatch.setattr(jit, "_driver", Driver)
+    monkeypatch.setattr(jit, "_function", lambda *_: "function")
+    monkeypatch.setattr(jit, "_launch_config", lambda *_: "config")
+    monkeypatch.setattr(jit, "_can_overlap", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
+    kernel, device = jit.Kernel("file.cu", "function"), torch.device("cuda:0")
+
+    def launch(args: tuple[Any, ...]) -> None:
+        jit.launch(kernel, device, (1,), 32, args)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(launch, (arguments, tuple(reversed(arguments)))))
+    assert sorted(seen) == sorted([wanted, wanted[::-1]])
 
 
 def test_missing_cupy_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -313,11 +313,11 @@ def evaluate(
     Each whole window of tokens is scored alone, without a start token, on all but its first token.
     The last line on stdout is JSON.
     """
-    from vllm_intscale import evaluate as of
+    from vllm_intscale.evaluate import perplexity, task_results
 
     names = parse_names(tasks or ())
     if text and not names:
-        found = of.perplexity(
+        found = perplexity(
             model, text, window, limit, dtype, gpu_memory_utilization, quantization, compile
         )
         print(f"windows     {found.windows} of {found.window} tokens")
@@ -325,7 +325,7 @@ def evaluate(
         print(f"perplexity  {found.perplexity:.4f}")
         print(json.dumps(found._asdict()))
     elif names and not text:
-        table, results = of.task_results(
+        table, results = task_results(
             *(model, names, include_path, limit),
             dtype=dtype,
             gpu_memory_utilization=gpu_memory_utilization,

@@ -95,14 +95,19 @@ class Engine:
             tokens += sum(len(output.outputs[0].token_ids) for output in self.engine.step())
         return (time.perf_counter() - start) * batch / tokens
 
-    def _busy_ms(self, batch: int) -> float:
-        """Of a step, in which the GPU is busy; the log gets the time of each kernel."""
+    def _busy_ms(self, batch: int) -> float | None:
+        """Of a step, in which the GPU is busy; the log gets the time of each kernel.
+
+        None where the model runs in other processes.
+        """
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             self._steps(batch, PROFILED_STEPS)
             self.torch.cuda.synchronize()
         kernels = [e for e in profiled.events() if e.device_type.name == "CUDA"]
+        if not kernels:
+            return None
         each: Counter[str] = Counter()
         for kernel in kernels:
             each[kernel.name] += kernel.time_range.elapsed_us()
@@ -113,8 +118,8 @@ class Engine:
         return total / PROFILED_STEPS / 1e3
 
     def facts(self) -> dict[str, Any]:
-        model = self.llm.apply_model(_size)[0]
-        return {"load_seconds": round(self.load_seconds, 1), "weights_gib": model / 2**30}
+        weights = sum(self.llm.apply_model(_size))
+        return {"load_seconds": round(self.load_seconds, 1), "weights_gib": weights / 2**30}
 
 
 def _size(model: Any) -> int:

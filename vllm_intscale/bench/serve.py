@@ -166,15 +166,16 @@ def run(
     """Time configurations, one row after the other; checkpoints and logs go to `folder`.
 
     model: config.json of `random_checkpoint`. engine: arguments of vllm.LLM for all. control_name:
-    the configuration that the same is asked of after each of the others. Returns what
-    is known of each engine that started: seconds of loading, GiB of weights.
+    the configuration that the same is asked of after each of the others. Returns what is known of
+    each engine that started: seconds of loading, GiB of weights.
 
-    Raises IntScaleError if the control does not start; what fails otherwise is a row's error.
+    Raises IntScaleError if the control fails; what fails otherwise is a row's error.
     """
     arguments = {**ENGINE, **memory_of(model, batches), **engine}
     facts: dict[str, dict[str, Any]] = {}
     names = [name for name in configurations if name != control_name]
     groups = [names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE)] or [[]]
+    wanted = set(configurations)
 
     with ThreadPoolExecutor(AT_ONCE + 1) as pool:
 
@@ -195,8 +196,9 @@ def run(
                             on_row(Row(name, "start", 0, None, None, str(error)))
                     facts |= {name: worker.facts for name, worker in workers.items()}
                     for row in _rows(workers, batches):
-                        if row.configuration in configurations:
+                        if row.configuration in wanted:
                             on_row(row)
+                wanted.discard(control_name)  # it is asked again beside each group
     return facts
 
 
