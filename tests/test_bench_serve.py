@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -114,17 +115,34 @@ def test_engines_on_cpu(
     assert asked == [
         ("w8a8_int8", "start", 0),
         *(("intscale", "prefill", 2), ("intscale", "decode", 1), ("intscale", "decode", 3)),
-        *(("intscale", "serve", 2), ("w8a8_int8", "serve", 0)),
+        *(("w8a8_int8", "serve", 0), ("intscale", "serve", 2)),
     ]
     assert "its log does not say" in found["rows"][0]["error"]
     assert all(r["found"]["tokens_per_second"] > 0 for r in found["rows"][1:4])
     assert all(r["control"]["tokens_per_second"] > 0 for r in found["rows"][1:4])
-    assert found["rows"][4]["found"]["completed"] == 2 * served.ROUNDS
-    assert "its log does not say" in found["rows"][5]["error"]
+    assert "its log does not say" in found["rows"][4]["error"]
+    assert found["rows"][5]["found"]["completed"] == 2 * served.ROUNDS
     assert set(found["engines"]) == {"intscale", "bf16"}  # with the control
     assert all(facts["weights_gib"] > 0 for facts in found["engines"].values())
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert "A step of decoding" in printed
+
+
+def test_workers_that_fail_are_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    log = tmp_path / "client.log"
+    with contextlib.closing(serve.Worker("client_worker", {}, {}, log)) as client:
+        for request, seconds, message in (
+            ({"options": ["--no-such-option"]}, 60, r"^the client failed: SystemExit\(2\); see "),
+            ({"options": ["--no-such-option"]}, 0, r"^no answer after 0 s; see "),
+        ):
+            with pytest.raises(IntScaleError, match=message) as caught:
+                client.ask(request, seconds)
+            assert str(log) in str(caught.value) and "\n" not in str(caught.value)
+        with pytest.raises(IntScaleError, match="its process ended with code -9"):
+            client.ask({"options": []})
+    with pytest.raises(IntScaleError, match="its process ended with code 1"):
+        serve.Worker("no_such_module", {}, {}, log)
 
 
 def test_unknown_names_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,14 @@ import contextlib
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -88,16 +89,16 @@ class Row(NamedTuple):
 
 
 class Worker:
-    """An `engine_worker`; its log is a file."""
+    """A module of this folder in a process of its own, which answers in JSON; its log is a file."""
 
     def __init__(
-        self, engine: Mapping[str, Any], environment: Mapping[str, str], log: Path
+        self, module: str, arguments: Mapping[str, Any], environment: Mapping[str, str], log: Path
     ) -> None:
         self.log = log
-        command = [sys.executable, "-m", "vllm_intscale.bench.engine_worker", json.dumps(engine)]
+        name = f"vllm_intscale.bench.{module}"
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                command,
+                [sys.executable, "-m", name, json.dumps(arguments)],
                 env={**os.environ, **environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -105,28 +106,40 @@ class Worker:
                 text=True,
             )
         try:
-            self.facts = self._answer()
+            self.facts = self._answer(None)
         except BaseException:
             self.close()
             raise
 
-    def ask(self, what: str, number: int) -> dict[str, float | None]:
+    def ask(self, request: Mapping[str, Any], seconds: float | None = None) -> dict[str, Any]:
+        """Its answer. Raises IntScaleError if it fails, ended or takes longer, which ends it."""
         assert self.process.stdin
-        with contextlib.suppress(BrokenPipeError):  # it has ended: `_answer` says how
-            self.process.stdin.write(json.dumps({what: number}) + "\n")
-            self.process.stdin.flush()
-        return self._answer()
+        if self.process.poll() is None:
+            with contextlib.suppress(BrokenPipeError):  # it has ended: `_answer` says how
+                self.process.stdin.write(json.dumps(request) + "\n")
+                self.process.stdin.flush()
+            return self._answer(seconds)
+        raise self._ended()
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self, seconds: float | None) -> dict[str, Any]:
         assert self.process.stdout
+        if not select.select([self.process.stdout], [], [], seconds)[0]:
+            self.process.kill()  # nobody is to take a late answer for that to another question
+            self.process.wait()
+            raise IntScaleError(f"no answer after {seconds:.0f} s; see {self.log}")
         line = self.process.stdout.readline()
         if not line:
-            code = self.process.wait()
-            raise IntScaleError(
-                f"its engine ended with code {code}: {last_line(self.log)}; see {self.log}"
-            )
+            raise self._ended()
         found: dict[str, Any] = json.loads(line)
+        if error := found.get("error"):
+            raise IntScaleError(f"{error}; see {self.log}")
         return found
+
+    def _ended(self) -> IntScaleError:
+        code = self.process.wait()
+        return IntScaleError(
+            f"its process ended with code {code}: {last_line(self.log)}; see {self.log}"
+        )
 
     def close(self) -> None:
         self.process.kill()
@@ -171,29 +184,20 @@ def run(
 
     Raises IntScaleError if the control fails; what fails otherwise is a row's error.
     """
-    arguments = {**ENGINE, **memory_of(model, batches), **engine}
+    tokens = max(CACHE_TOKENS, max(batches) * (PROMPT + ANSWER))
+    arguments = {**ENGINE, **memory_of(model, tokens), **engine}
     facts: dict[str, dict[str, Any]] = {}
-    names = [name for name in configurations if name != control_name]
-    groups = [names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE)] or [[]]
     wanted = set(configurations)
-
     with ThreadPoolExecutor(AT_ONCE + 1) as pool:
 
-        def starting(group: Sequence[str]) -> AbstractContextManager[dict[str, Future[Worker]]]:
-            folders = [(name, checkpoint_of(name, model, folder)) for name in group]
-            return closing_all(
-                {n: pool.submit(_start, n, c, arguments, folder) for n, c in folders}
-            )
+        def start(name: str) -> Future[Worker]:
+            return pool.submit(_start, name, checkpoint_of(name, model, folder), arguments, folder)
 
-        with starting([control_name]) as controls:
-            for group in groups:
-                with starting(group) as started:
+        with closing_all({control_name: start(control_name)}) as controls:
+            for group in groups_of([name for name in configurations if name != control_name]):
+                with closing_all({name: start(name) for name in group}) as started:
                     workers = {control_name: controls[control_name].result()}
-                    for name, worker in started.items():
-                        try:
-                            workers[name] = worker.result()
-                        except IntScaleError as error:
-                            on_row(Row(name, "start", 0, None, None, str(error)))
+                    workers |= ready(started, on_row, "start")
                     facts |= {name: worker.facts for name, worker in workers.items()}
                     for row in _rows(workers, batches):
                         if row.configuration in wanted:
@@ -202,15 +206,40 @@ def run(
     return facts
 
 
+def groups_of(names: Sequence[str]) -> list[Sequence[str]]:
+    """Those that are on the GPU at once; one group at least."""
+    return [names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE)] or [[]]
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+Started = TypeVar("Started", bound=Closable)
+
+
 @contextmanager
-def closing_all(workers: dict[str, Future[Worker]]) -> Iterator[dict[str, Future[Worker]]]:
+def closing_all(starting: dict[str, Future[Started]]) -> Iterator[dict[str, Future[Started]]]:
     """Once they have started."""
     try:
-        yield workers
+        yield starting
     finally:
-        for worker in workers.values():
-            if not worker.exception():
-                worker.result().close()
+        for future in starting.values():
+            if not future.exception():
+                future.result().close()
+
+
+def ready(
+    starting: Mapping[str, Future[Started]], on_row: Callable[[Row], None], what: str
+) -> dict[str, Started]:
+    """Those that have started; a row for each of the others."""
+    found = {}
+    for name, future in starting.items():
+        try:
+            found[name] = future.result()
+        except IntScaleError as error:
+            on_row(Row(name, what, 0, None, None, str(error)))
+    return found
 
 
 def _rows(workers: dict[str, Worker], batches: Iterable[int]) -> Iterator[Row]:
@@ -222,14 +251,14 @@ def _rows(workers: dict[str, Worker], batches: Iterable[int]) -> Iterator[Row]:
             if name in failed:
                 continue
             try:
-                found = worker.ask(what, number)
+                found = worker.ask({what: number})
             except IntScaleError as error:
                 if worker is control:
                     raise
                 failed.add(name)
                 yield Row(name, what, number, None, None, str(error))
                 continue
-            beside = found if worker is control else control.ask(what, number)
+            beside = found if worker is control else control.ask({what: number})
             yield Row(name, what, number, found, beside)
 
 
@@ -237,19 +266,26 @@ def _start(name: str, checkpoint: Path, engine: Mapping[str, Any], folder: Path)
     """Raises IntScaleError if it does not start, or another kernel runs than is meant."""
     configuration, log = CONFIGURATIONS[name], folder / f"{name}.log"
     arguments = {"model": str(checkpoint), **engine, **configuration.options}
-    worker = Worker(arguments, configuration.environment, log)
-    if not re.search(configuration.log, log.read_text()):
+    worker = Worker("engine_worker", arguments, configuration.environment, log)
+    try:
+        check_log(name, log)
+    except IntScaleError:
         worker.close()
-        raise IntScaleError(
-            f"{name}: its log does not say {configuration.log!r}, so that another kernel may run; "
-            f"see {log}"
-        )
+        raise
     return worker
 
 
-def memory_of(model: Mapping[str, Any], batches: Sequence[int]) -> dict[str, Any]:
-    """Options of an engine that leaves memory to others: a KV cache for what it is asked."""
-    tokens = max(CACHE_TOKENS, max(batches) * (PROMPT + ANSWER))
+def check_log(name: str, log: Path) -> None:
+    """Raise IntScaleError if it does not show that the configuration's kernel runs."""
+    pattern = CONFIGURATIONS[name].log
+    if not re.search(pattern, log.read_text()):
+        raise IntScaleError(
+            f"{name}: its log does not say {pattern!r}, so that another kernel may run; see {log}"
+        )
+
+
+def memory_of(model: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """Options of an engine that leaves memory to others: a KV cache for so many tokens."""
     heads = model["num_key_value_heads"], model["hidden_size"] // model["num_attention_heads"]
     size = 2 * torch.bfloat16.itemsize * model["num_hidden_layers"] * heads[0] * heads[1]
     return {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": tokens * size}
