@@ -57,13 +57,15 @@ def run(
     Some servers are on the GPU at once, and asked in turn. Arguments as for `serve.run`. What fails
     is a row's error.
     """
-    most = 2 * (PROMPT + ANSWER)
-    options = {"max_model_len": most, **memory_of(model, most * max(concurrencies)), **engine}
+    most = 2 * (PROMPT + ANSWER)  # tokens of a request: the client's prompts are not quite exact
+    cache = max(most, (PROMPT + ANSWER + 32) * max(concurrencies))
+    options = {"max_model_len": most, **memory_of(model, cache), **engine}
     # `engine_worker` alone can run the others.
     names = [n for n in configurations if GROUP_SCALES not in CONFIGURATIONS[n].environment]
     with ThreadPoolExecutor(AT_ONCE + 1) as pool:
-        client = {"": pool.submit(Worker, "client_worker", {}, {}, folder / "client.log")}
-        with closing_all(client):
+        client_log = folder / "client.log"
+        clients = {"client": pool.submit(Worker, "client_worker", {}, {}, client_log)}
+        with closing_all(clients):
             for group in groups_of(names):
                 starting = {
                     name: pool.submit(
@@ -73,8 +75,9 @@ def run(
                 }
                 with closing_all(starting):
                     servers = ready(starting, on_row, "serve")
-                    for row in _rows(servers, concurrencies, client[""].result()):
-                        on_row(row)
+                    for client in ready(clients, on_row, "serve").values():
+                        for row in _rows(servers, concurrencies, client):
+                            on_row(row)
 
 
 def _rows(
