@@ -155,23 +155,6 @@ def _as_options(arguments: Mapping[str, Any]) -> list[str]:
     return options
 
 
-def _wait_for(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    end = time.monotonic() + START_S
-    while True:
-        if server.poll() is not None:
-            raise IntScaleError(
-                f"the server ended with code {server.returncode}: {last_line(log)}; see {log}"
-            )
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            pass
-        if time.monotonic() > end:
-            raise IntScaleError(f"the server was not ready after {START_S:.0f} s; see {log}")
-        time.sleep(0.5)
-
-
 def _ask(client: Worker, server: Server, concurrency: int) -> dict[str, float | None]:
     options: dict[str, Any] = {
         **{"backend": "vllm", "base-url": server.url, "model": server.checkpoint},
