@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -99,16 +100,23 @@ def run(command: str, source: Path, out: Path, *options: str, kill_at: int = 0) 
     return process.returncode, most
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Emptied afterwards: pytest would keep what fills a disk."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("command", "kind", "rate"), [("quantize", "bf16", BF16_PER_S), ("convert", "gptq", INT4_PER_S)]
 )
-def test_large_checkpoint(command: str, kind: str, rate: float, tmp_path: Path) -> None:
-    source, out = tmp_path / "source", tmp_path / "out"
+def test_large_checkpoint(command: str, kind: str, rate: float, folder: Path) -> None:
+    source, out = folder / "source", folder / "out"
     size = write_model(source, kind)
     start = time.monotonic()
-    shutil.copytree(source, tmp_path / "copy")
+    shutil.copytree(source, folder / "copy")
     print(f"\nplain copy: {size / (time.monotonic() - start) / 1e6:.0f} MB/s")
-    shutil.rmtree(tmp_path / "copy")
+    shutil.rmtree(folder / "copy")
     start = time.monotonic()
     code, memory = run(command, source, out)
     seconds = time.monotonic() - start

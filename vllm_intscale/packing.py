@@ -19,15 +19,22 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
     Returns int32 `[..., K * bits / 32]`. K must be a multiple of `32 / bits`.
     """
-    unsigned = codes.to(torch.int8).view(torch.uint8) + (1 << (bits - 1))  # modulo 256
+    unsigned = codes.to(torch.int8).contiguous().view(torch.uint8) + (1 << (bits - 1))
     if bits == 4:
-        unsigned = unsigned[..., ::2] | (unsigned[..., 1::2] << 4)
-    return unsigned.contiguous().view(torch.int32)
+        pairs = unsigned.view(torch.int16)
+        unsigned = (pairs | (pairs >> 4)).to(torch.uint8)  # modulo 256
+    return unsigned.view(torch.int32)
 
 
 def unpack_codes(words: Tensor, bits: int) -> Tensor:
     """Inverse of `pack_codes`: int32 `[..., W]` to signed int8 codes `[..., W * 32 / bits]`."""
-    unsigned = words.contiguous().view(torch.uint8)
-    if bits == 4:
-        unsigned = torch.stack((unsigned & 15, unsigned >> 4), dim=-1).flatten(-2)
-    return (unsigned - (1 << (bits - 1))).view(torch.int8)
+    return (unpack_unsigned(words, bits) - (1 << (bits - 1))).view(torch.int8)
+
+
+def unpack_unsigned(words: Tensor, bits: int) -> Tensor:
+    """What is stored, `code + 2**(bits-1)`: uint8 `[..., W * 32 / bits]`, maybe a view."""
+    stored = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return stored
+    pairs = stored.to(torch.int16)  # each becomes two bytes, which vectorizes
+    return ((pairs | (pairs << 4)) & 0x0F0F).view(torch.uint8)

@@ -24,6 +24,7 @@ from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import LayerScheme
 from vllm_intscale.quantize.rtn import (
     QuantizedRows,
+    Rows,
     at_least_one,
     channel_scale,
     clipped,
@@ -95,7 +96,7 @@ def quantize_rows(
     energy = factor.energy.view(-1, scheme.group_size)
     scale, _ = least_error(groups, clipped(scale), channel, scheme.bits, energy)
 
-    def round_rows(rows: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
+    def round_rows(rows: Rows, channel: Tensor) -> tuple[Tensor, Tensor]:
         group_scale = at_least_one(integer_scale(scale[rows], channel))
         step = step_of(group_scale, channel).float()
         step = torch.where(scale[rows] > 0, step, torch.inf)  # a group of zeros keeps codes 0
@@ -110,7 +111,7 @@ def _codes(weight: Tensor, step: Tensor, scheme: LayerScheme, factor: Factor) ->
     order, upper, _ = factor
     limit = 1 << (scheme.bits - 1)
     group = order // scheme.group_size
-    rest = weight[:, order].clone()  # what columns still have to represent, themselves and others'
+    rest = weight[:, order]  # a copy: what columns still have to represent, themselves and others'
     codes = torch.empty_like(rest)
     for start in range(0, rest.shape[1], BLOCK_COLUMNS):
         columns = slice(start, min(start + BLOCK_COLUMNS, rest.shape[1]))

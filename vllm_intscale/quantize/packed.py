@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vllm_intscale.checkpoint import CONFIG, StoredTensor
 from vllm_intscale.errors import IntScaleError
-from vllm_intscale.packing import unpack_codes
+from vllm_intscale.packing import unpack_unsigned
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word that holds its column 0, 1, ...
 AWQ, GPTQ, COMPRESSED = "awq", "gptq", "compressed-tensors"
@@ -117,7 +117,7 @@ class PackedLayer:
 
 def _unsigned(words: Tensor) -> Tensor:
     """Codes 0..15, int8 `[..., 8 W]`, of int32 `[..., W]`."""
-    return unpack_codes(words, 4) + CENTER
+    return unpack_unsigned(words, 4).view(torch.int8)
 
 
 def _awq(words: Tensor) -> Tensor:

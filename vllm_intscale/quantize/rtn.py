@@ -26,6 +26,7 @@ from vllm_intscale.format import ACCUMULATOR_MAX, INT16_MAX, LayerScheme, accumu
 from vllm_intscale.packing import pack_codes, unpack_codes
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+Rows = Tensor | slice  # which: a mask, or a slice
 SMALLEST_CHANNEL_SCALE = 2.0**-126  # the smallest normal float32: devices may flush the others
 
 
@@ -74,7 +75,7 @@ def quantize_rows(
             energy = energy.view(-1, scheme.group_size)
         scale, _ = least_error(groups, clipped(scale), channel, scheme.bits, energy)
 
-    def round_rows(rows: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
+    def round_rows(rows: Rows, channel: Tensor) -> tuple[Tensor, Tensor]:
         return _round(groups[rows], scale[rows], channel, scheme.bits)
 
     return within_bound(where, scale, channel, scheme, amplifier, round_rows)
@@ -122,7 +123,7 @@ def convert_rows(
         negative = torch.where(kept, negative, mirrored)
         mirrored_weight = torch.where(mirrored[..., None], -weight, weight)
 
-    def round_rows(rows: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
+    def round_rows(rows: Rows, channel: Tensor) -> tuple[Tensor, Tensor]:
         new, group_scale = groups[rows], integer_scale(scale[rows], channel)
         if weight is not None:
             group_scale = torch.where(kept[rows], group_scale, at_least_one(group_scale))
@@ -182,13 +183,13 @@ def within_bound(
     channel: Tensor,
     scheme: LayerScheme,
     amplifier: Literal["channel"] | int,
-    round_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    round_rows: Callable[[Rows, Tensor], tuple[Tensor, Tensor]],
 ) -> QuantizedRows:
     """Rows as `round_rows` makes them, with channel scales raised until no accumulator overflows.
 
-    round_rows: from a mask of rows and their channel scales to codes and group scales.
+    round_rows: from rows and their channel scales to codes and group scales.
     """
-    codes, group_scale = round_rows(torch.ones(len(scale), dtype=torch.bool), channel)
+    codes, group_scale = round_rows(slice(None), channel)
     bound = accumulator_bound(codes, group_scale)
     while bool((over := bound > ACCUMULATOR_MAX).any()):
         if amplifier != "channel":
