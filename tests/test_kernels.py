@@ -310,12 +310,13 @@ def test_overlapping_launches_keep_their_order() -> None:
 
 
 def test_ranks_on_a_cold_cache_compile_once(tmp_path: Path) -> None:
-    """Four processes, one empty cache: all end well with one cache entry per kernel."""
+    """Four processes, one empty cache: all end well with one cache entry per compiled source."""
     code = (
         "import torch; from vllm_intscale import cuda_backend as b;"
         "w = [torch.ones(128, n, device='cuda', dtype=torch.int32) for n in (16, 1, 1)];"
         "w = b.prepare_weight(w[0], w[1].short(), w[2][:, 0].float());"
-        "b.warm_up(w[:2], torch.bfloat16); print(len(b.kernels(w[:2], torch.bfloat16)))"
+        "b.warm_up(w[:2], torch.bfloat16);"
+        "print(len({(k.file, k.defines) for k in b.kernels(w[:2], torch.bfloat16)}))"
     )
     env = {**__import__("os").environ, "CUPY_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", code]

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gpu_engine
 import pytest
 import sources
 import torch
@@ -137,6 +138,24 @@ def test_engine(name: str, ranks: int, tmp_path: Path) -> None:
         "rounded to nearest" if name == "unquantized" else f"converted from {name[:4].rstrip('_')}"
     )
     assert f"intscale: 7 matrices of {source} are {how}" in output
+
+
+@pytest.mark.gpu
+@pytest.mark.e2e
+@pytest.mark.timeout(420)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", ["gptq", "awq", "compressed_tensors", "unquantized"])
+def test_engine_on_a_gpu(name: str, tmp_path: Path) -> None:
+    """The same kernels on the same tensors: the same numbers as from the checkpoint."""
+    prompts = [[token * 7 % 61 + 3 for token in range(n)] for n in (64, 33, 9)]
+    found = [
+        gpu_engine.logprobs(folder, tmp_path, prompts, skip_tokenizer_init=True, **options)
+        for folder, options in (
+            (PACKED / name, {"quantization": "intscale"}),
+            (written(PACKED / name, tmp_path / "out"), {}),
+        )
+    ]
+    assert found[0] == found[1] and all(x < 0 for answer in found[0] for x in answer)
 
 
 @pytest.mark.e2e

@@ -142,9 +142,9 @@ def bench_serve(
 
     def on_row(row: serve.Row) -> None:
         rows.append(row)
-        typer.echo(
-            f"{row.configuration} {row.what} {row.batch}: {row.error or row.found}", err=True
-        )
+        beside = f", beside it {row.control}" if row.control else ""
+        said = row.error or f"{row.found}{beside}"
+        typer.echo(f"{row.configuration} {row.what} {row.batch}: {said}", err=True)
 
     with TemporaryDirectory() as temporary:
         folder = out or Path(temporary)
