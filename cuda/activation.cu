@@ -208,43 +208,35 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
   wait_for_previous_kernel();
   clear_flags(a8, rows_padded, k);
   const int64_t first = blockIdx.x * int64_t(vectors);
-  uint4 held[kHeld];
+  float added[kHeld][kVector] = {};
   float sum = 0.0f;
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
     const int i = threadIdx.x + j * blockDim.x;
-    held[j] = make_uint4(0, 0, 0, 0);
     if (i >= vectors) continue;
-    held[j] = x[first + i];
-    float v[kVector];
-    unpack8<DTYPE>(held[j], v);
+    unpack8<DTYPE>(x[first + i], added[j]);
     if (residual != nullptr) {
       float r[kVector];
       unpack8<DTYPE>(residual[first + i], r);
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) v[e] = add_rn(v[e], r[e]);
-      held[j] = pack8(v);
-      residual_out[first + i] = held[j];
-      unpack8<DTYPE>(held[j], v);
+      for (int e = 0; e < kVector; ++e) added[j][e] = add_rn(added[j][e], r[e]);
+      residual_out[first + i] = pack8(added[j]);
     }
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) sum = add_rn(sum, mul_rn(v[e], v[e]));
+    for (int e = 0; e < kVector; ++e) sum = add_rn(sum, mul_rn(added[j][e], added[j][e]));
   }
   const float mean = div_rn(block_sum(sum), float(k));
   const float inverse = div_rn(1.0f, sqrt_rn(add_rn(mean, epsilon)));
+  uint4 held[kHeld];
   Largest largest;
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
     const int i = threadIdx.x + j * blockDim.x;
-    float v[kVector], w[kVector];
-    unpack8<DTYPE>(held[j], v);
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) v[e] = mul_rn(v[e], inverse);
-    unpack8<DTYPE>(pack8(v), v);
+    float w[kVector];
     unpack8<DTYPE>(weights[j], w);
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) v[e] = mul_rn(v[e], w[e]);
-    held[j] = pack8(v);
+    for (int e = 0; e < kVector; ++e) added[j][e] = mul_rn(mul_rn(added[j][e], inverse), w[e]);
+    held[j] = pack8(added[j]);
     if (i >= vectors) continue;
     largest.add(held[j]);
     if (y != nullptr) y[first + i] = held[j];

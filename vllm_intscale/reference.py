@@ -179,15 +179,15 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """x + residual, normalized by its root mean square and weighted; and x + residual.
 
-    x, residual `[M, K]`, weight `[K]`, all of one dtype, in which the sum, the normalized row and
-    the weighted one are each rounded. Squares are added in float32 in a fixed order: every sum is
+    x, residual `[M, K]`, weight `[K]`, all of one dtype. float32 inside, as vLLM's graphs compute
+    it: both results are rounded to the dtype once. Squares are added in a fixed order: every sum is
     that of 8 neighbouring columns in each block of 8 * `norm_threads`, one after the other; then
     the second half of each 32 sums is added to the first, until one is left, and so for those.
     """
     rows, k = x.shape
-    added = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    added = x.float() if residual is None else x.float() + residual.float()
     threads = norm_threads(k)
-    squares = torch.nn.functional.pad(added.float().square(), (0, -k % (8 * threads)))
+    squares = torch.nn.functional.pad(added.square(), (0, -k % (8 * threads)))
     sums = x.new_zeros(rows, threads, dtype=torch.float32)
     for block in squares.view(rows, -1, threads, 8).unbind(1):
         for column in block.unbind(-1):
@@ -200,8 +200,7 @@ def rms_norm(
     mean = sums.view(rows, 1) / torch.full((1, 1), float(k), device=x.device)
     # torch.sqrt of float32 may be off by one unit on CPU; rounded from float64 it is not.
     inverse = torch.ones_like(mean) / (mean + epsilon).double().sqrt().float()
-    normalized = (added.float() * inverse).to(x.dtype)
-    return (normalized.float() * weight.float()).to(x.dtype), added
+    return (added * inverse * weight.float()).to(x.dtype), added.to(x.dtype)
 
 
 def moe(
