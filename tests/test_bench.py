@@ -22,7 +22,6 @@ from vllm_intscale.bench import (
     gemm,
     peers,
     report,
-    throughput,
     timing,
     worker,
 )
@@ -324,13 +323,3 @@ def test_command(
     assert places[3:] == [("3x128", "intscale"), ("3x128", "bf16")]
     assert summary["metadata"]["tokens"] == [16]
     assert report.TITLES["linear"] in printed
-
-
-def test_layouts_of_throughput() -> None:
-    assert throughput.engine_options("one") == {}
-    assert throughput.engine_options("pp2") == {"pipeline_parallel_size": 2}
-    expert = {"tensor_parallel_size": 4, "enable_expert_parallel": True}
-    assert throughput.engine_options("ep4") == expert
-    for layout in ("dp2", "tp", "two"):
-        with pytest.raises(IntScaleError, match=f"layout {layout!r} is unknown"):
-            throughput.engine_options(layout)

@@ -26,9 +26,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import engine
 import pytest
 import torch
 from conftest import IGNORE, VOCAB
+from engine import Logprobs
 from safetensors.torch import load_file, save_file
 
 from vllm_intscale.quantize import convert_model
@@ -44,7 +46,6 @@ ROTARY = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
 CLOSE, FLIPPED = 0.002, 0.5  # of a prompt without and with flipped codes
 SMALL = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 256}
 HERE = Path(__file__).parent
-Logprobs = list[list[float]]
 
 
 def make_prompts() -> list[list[int]]:
@@ -69,24 +70,14 @@ def agree(found: Logprobs, wanted: Logprobs) -> bool:
 
 
 def offline(
-    folder: Path, tmp_path: Path, prompts: list[list[int]] = PROMPTS, **engine: Any
+    folder: Path, tmp_path: Path, prompts: list[list[int]] = PROMPTS, **options: Any
 ) -> tuple[Logprobs, str]:
     """Log-probabilities of the prompts, and everything that was printed."""
-    job, result = tmp_path / "job.json", tmp_path / "result.json"
-    arguments = {"model": str(folder), "dtype": "float32", **SMALL, **engine}
-    job.write_text(json.dumps({"engine": arguments, "prompts": prompts}))
-    processes = "distributed_executor_backend" in engine
-    environment = os.environ | ({"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if processes else {})
-    process = subprocess.run(
-        [sys.executable, HERE / "offline.py", job, result],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=400,
-    )
-    assert process.returncode == 0, process.stdout[-5000:]
-    return json.loads(result.read_text()), process.stdout
+    arguments = {"model": str(folder), "dtype": "float32", **SMALL, **options}
+    processes = "distributed_executor_backend" in options
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if processes else {}
+    rounds, _, output = engine.run(tmp_path, arguments, prompts, environment=environment)
+    return engine.prompt_logprobs(rounds), output
 
 
 def expected(folder: Path, ranks: int = 1, prompts: list[list[int]] = PROMPTS) -> Logprobs:

@@ -8,14 +8,14 @@ answer can be another, so that one of three must agree and the first token of no
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import engine
 import pytest
 import torch
+from gpu_engine import CACHE
 from safetensors.torch import save_file
 
 from vllm_intscale.quantize import quantize_model
@@ -28,8 +28,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 ON_GPU = torch.cuda.is_available()
 CLOSE, FLIPPED = (0.2, 0.5) if ON_GPU else (0.002, 0.5)  # float16, in which codes flip, and float32
 MODEL = Path(__file__).parents[1] / "serving_examples" / "tiny-llama"
-HERE = Path(__file__).parent
-Run = Callable[..., dict[str, Any]]
+SAMPLING = {"max_tokens": 24, "temperature": 0, "logprobs": 0, "ignore_eos": True}
+Answers = list[engine.Answer]
+Run = Callable[..., tuple[list[Answers], dict[str, float]]]
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +47,9 @@ def run(folder: Path, tmp_path: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     """Answers without any feature."""
-    first: list[Any] = answers(folder, tmp_path_factory.mktemp("plain"))["rounds"][0]
-    return first
+    return answers(folder, tmp_path_factory.mktemp("plain"))[0][0]
 
 
 def make_prompts() -> list[list[int]]:
@@ -59,31 +59,18 @@ def make_prompts() -> list[list[int]]:
 
 
 def answers(
-    folder: Path, tmp_path: Path, adapters: Sequence[Path | None] = (None,), **engine: Any
-) -> dict[str, Any]:
-    """See `answers.py`."""
-    job, result = tmp_path / "job.json", tmp_path / "result.json"
-    defaults = {"model": str(folder), "dtype": "float16" if ON_GPU else "float32"}
-    defaults |= {"max_model_len": 256, "max_num_seqs": 4, "enforce_eager": True}
-    defaults |= {"enable_prefix_caching": False, "gpu_memory_utilization": 0.05}
-    if ON_GPU:
-        defaults["kv_cache_memory_bytes"] = 2**28
-    named = [adapter and str(adapter) for adapter in adapters]
-    content = {"engine": defaults | engine, "prompts": make_prompts(), "adapters": named}
-    job.write_text(json.dumps(content))
-    process = subprocess.run(
-        [sys.executable, HERE / "answers.py", job, result],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=400,
-    )
-    assert process.returncode == 0, process.stdout[-5000:]
-    found: dict[str, Any] = json.loads(result.read_text())
-    return found
+    folder: Path, tmp_path: Path, adapters: Sequence[Path | None] = (None,), **options: Any
+) -> tuple[list[Answers], dict[str, float]]:
+    """One round for each adapter, and what vLLM counted."""
+    dtype = "float16" if ON_GPU else "float32"
+    arguments = {"model": str(folder), "dtype": dtype, "max_model_len": 256, "max_num_seqs": 4}
+    arguments |= {"enforce_eager": True, "enable_prefix_caching": False}
+    arguments |= {**(CACHE if ON_GPU else {}), **options}
+    rounds, counted, _ = engine.run(tmp_path, arguments, make_prompts(), SAMPLING, adapters)
+    return rounds, counted
 
 
-def largest_differences(found: list[Any], wanted: list[Any]) -> list[tuple[float, float]]:
+def largest_differences(found: Answers, wanted: Answers) -> list[tuple[float, float]]:
     """Of each answer's first log-probability, and of all, infinite where tokens differ."""
     pairs = []
     for a, b in zip(found, wanted, strict=True):
@@ -94,29 +81,29 @@ def largest_differences(found: list[Any], wanted: list[Any]) -> list[tuple[float
     return pairs
 
 
-def agree(found: list[Any], wanted: list[Any], close: float = CLOSE) -> bool:
+def agree(found: Answers, wanted: Answers, close: float = CLOSE) -> bool:
     pairs = largest_differences(found, wanted)
     return min(b for _, b in pairs) < close and max(a for a, _ in pairs) < FLIPPED
 
 
-def test_prefix_caching(run: Run, plain: list[Any]) -> None:
-    first, second = run(adapters=(None, None), enable_prefix_caching=True, block_size=32)["rounds"]
+def test_prefix_caching(run: Run, plain: Answers) -> None:
+    (first, second), _ = run(adapters=(None, None), enable_prefix_caching=True, block_size=32)
     assert all(a["cached"] == 0 for a in first) and all(a["cached"] >= 64 for a in second)
     assert agree(first, plain) and agree(second, plain)
 
 
-def test_chunked_prefill(run: Run, plain: list[Any]) -> None:
+def test_chunked_prefill(run: Run, plain: Answers) -> None:
     """Each prompt is longer than what a step takes."""
-    chunked = run(max_num_batched_tokens=32, enable_chunked_prefill=True)
-    assert agree(chunked["rounds"][0], plain)
+    (chunked,), _ = run(max_num_batched_tokens=32, enable_chunked_prefill=True)
+    assert agree(chunked, plain)
 
 
-def test_speculative_decoding(run: Run, plain: list[Any]) -> None:
+def test_speculative_decoding(run: Run, plain: Answers) -> None:
     ngram = {"method": "ngram", "num_speculative_tokens": 3}
     ngram |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
-    speculative = run(speculative_config=ngram)
-    assert speculative["counted"]["vllm:spec_decode_num_draft_tokens"] > 0
-    assert agree(speculative["rounds"][0], plain)
+    (speculative,), counted = run(speculative_config=ngram)
+    assert counted["vllm:spec_decode_num_draft_tokens"] > 0
+    assert agree(speculative, plain)
 
 
 def write_adapter(folder: Path, out: Path, size: float) -> Path:
@@ -138,12 +125,12 @@ def write_adapter(folder: Path, out: Path, size: float) -> Path:
     return out
 
 
-def test_lora(run: Run, plain: list[Any], folder: Path, tmp_path: Path) -> None:
+def test_lora(run: Run, plain: Answers, folder: Path, tmp_path: Path) -> None:
     """An adapter of zeros changes nothing, another does."""
     options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}
     sizes = {"zero": 0.0, "other": 0.5}
     adapters = [write_adapter(folder, tmp_path / name, size) for name, size in sizes.items()]
-    zero, other = run(adapters=adapters, **options)["rounds"]
+    (zero, other), _ = run(adapters=adapters, **options)
     assert agree(zero, plain)
     assert min(first for first, _ in largest_differences(other, plain)) > FLIPPED / 10
 
@@ -151,8 +138,6 @@ def test_lora(run: Run, plain: list[Any], folder: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not ON_GPU, reason="an fp8 cache needs a GPU here")
 def test_fp8_cache(run: Run) -> None:
     """Its rounding is seen, and small; vLLM's attention with one gives bfloat16 only."""
-    fp8, plain = (
-        run(dtype="bfloat16", kv_cache_dtype=dtype)["rounds"][0] for dtype in ("fp8", "auto")
-    )
+    fp8, plain = (run(dtype="bfloat16", kv_cache_dtype=dtype)[0][0] for dtype in ("fp8", "auto"))
     pairs = largest_differences(fp8, plain)
     assert 0 < max(first for first, _ in pairs) < FLIPPED
