@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import IGNORE
-from gpu_engine import Logprobs, logprobs
+from engine import Logprobs
+from gpu_engine import logprobs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "serving_examples"))
 
