@@ -26,7 +26,7 @@ from vllm_intscale.format import ACCUMULATOR_MAX, INT16_MAX, LayerScheme, accumu
 from vllm_intscale.packing import pack_codes, unpack_codes
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-Rows = Tensor | slice  # which: a mask, or a slice
+Rows = Tensor | slice  # a mask, or a slice
 SMALLEST_CHANNEL_SCALE = 2.0**-126  # the smallest normal float32: devices may flush the others
 
 
