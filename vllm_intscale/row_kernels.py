@@ -44,7 +44,9 @@ def _row_threads(k: int) -> int:
 
 def aligned(x: Tensor) -> Tensor:
     """With rows that can be read 16 bytes at a time."""
-    return x.contiguous() if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16 else x
+    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # `contiguous` might not copy
 
 
 def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,12 +104,12 @@ def norm_quantize(
     without one).
     """
     m, k = x.shape
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight = aligned(x).contiguous(), weight.contiguous()
     a8, token_scale = new_activation(x, m, k), x.new_empty(m, dtype=torch.float32)
     y = torch.empty_like(x) if keep else x.new_empty(0)
     added = x.new_empty(0)
     if residual is not None:
-        residual, added = residual.contiguous(), torch.empty_like(x)
+        residual, added = aligned(residual).contiguous(), torch.empty_like(x)
     if m:
         outputs = (a8, token_scale, y if keep else None, None if residual is None else added)
         args = (x, residual, weight, _float32_bits(epsilon), *outputs, k, a8.shape[1])
