@@ -2,7 +2,7 @@
 //
 //   quantize_activation   x [rows, k] -> a8 int8 (layout: common.cuh), token_scale float32 [rows]
 //   quantize_slots        x [tokens, k] -> the same, a token's row at slot_row of all its slots
-//   norm_quantize         x + residual -> residual_out, its RMS norm -> y, and the same of y
+//   norm_quantize         x0 + x1 + x2 -> sum, its RMS norm -> y, and the same of y
 //   silu_mul_quantize     gate_up [rows, 2k] -> the same, of silu(gate) * up rounded to DTYPE
 //   weighted_sum          y [rows, n] -> out [tokens, n], slots added in order
 //
@@ -10,7 +10,7 @@
 // multiples of 8, rows are 16-byte aligned; row strides are in elements. Launch: <<<rows,
 // threads>>>, whole warps, up to kMaxThreads; silu_mul_quantize needs 2 * k bytes of dynamic shared
 // memory. norm_quantize: rows without gaps, k up to 16 * kMaxThreads, threads as
-// reference.norm_threads; y, or residual and residual_out, may be nullptr.
+// reference.norm_threads; x2, or x1 and x2, and each of y and sum may be nullptr.
 // slot_row int [tokens * topk]: moe_routing.cu. Slots at -1 have no row; a block of
 // silu_mul_quantize is a slot (a row, if slot_row is nullptr), and the first one clears the flags.
 // On Hopper a slot can be a cluster of blocks there: each does a part of the row, and they exchange
@@ -194,8 +194,8 @@ __device__ __forceinline__ uint4 pack8(const float (&x)[kVector]) {
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads)
-    norm_quantize(const uint4* x, const uint4* residual, const uint4* weight, float epsilon,
-                  int8_t* a8, float* token_scale, uint4* y, uint4* residual_out, int64_t k,
+    norm_quantize(const uint4* x0, const uint4* x1, const uint4* x2, const uint4* weight,
+                  float epsilon, int8_t* a8, float* token_scale, uint4* y, uint4* sum, int64_t k,
                   int64_t rows_padded) {
   const int vectors = int(k / kVector);
   uint4 weights[kHeld];
@@ -209,23 +209,26 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
   clear_flags(a8, rows_padded, k);
   const int64_t first = blockIdx.x * int64_t(vectors);
   float added[kHeld][kVector] = {};
-  float sum = 0.0f;
+  float squares = 0.0f;
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
     const int i = threadIdx.x + j * blockDim.x;
     if (i >= vectors) continue;
-    unpack8<DTYPE>(x[first + i], added[j]);
-    if (residual != nullptr) {
-      float r[kVector];
-      unpack8<DTYPE>(residual[first + i], r);
+    unpack8<DTYPE>(x0[first + i], added[j]);
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) added[j][e] = add_rn(added[j][e], r[e]);
-      residual_out[first + i] = pack8(added[j]);
+    for (int a = 0; a < 2; ++a) {
+      const uint4* other = a == 0 ? x1 : x2;
+      if (other == nullptr) continue;
+      float x[kVector];
+      unpack8<DTYPE>(other[first + i], x);
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) added[j][e] = add_rn(added[j][e], x[e]);
     }
+    if (sum != nullptr) sum[first + i] = pack8(added[j]);
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) sum = add_rn(sum, mul_rn(added[j][e], added[j][e]));
+    for (int e = 0; e < kVector; ++e) squares = add_rn(squares, mul_rn(added[j][e], added[j][e]));
   }
-  const float mean = div_rn(block_sum(sum), float(k));
+  const float mean = div_rn(block_sum(squares), float(k));
   const float inverse = div_rn(1.0f, sqrt_rn(add_rn(mean, epsilon)));
   uint4 held[kHeld];
   Largest largest;

@@ -69,8 +69,38 @@ def test_norm_of_a_sum(dtype: torch.dtype) -> None:
 
     graph, counts = fused(layer, x, residual, weight)
     assert counts == {**dict.fromkeys(NAMES, 0), "norm_quantize": 1}
-    y, added = reference.rms_norm(x, residual, weight, EPSILON)
+    y, added = reference.rms_norm([residual, x], weight, EPSILON)
     check(graph(x, residual, weight), (*reference.quantize_activation(y), added))
+
+
+@pytest.mark.parametrize("first_is_quantized", [True, False])
+def test_norms_of_one_sum(first_is_quantized: bool) -> None:
+    """A sum is in float32 until it leaves the graph; what no more than two norms add up is."""
+    start, *xs = (make(5, 264 + 8 * i)[:, :264] for i in range(5))
+    weight = make(264)
+
+    def layers(residual: Tensor, weight: Tensor, *xs: Tensor) -> Any:
+        results = []
+        for i, x in enumerate(xs):
+            y, residual = add_norm(x, residual, weight)
+            results += ops.quantize_activation(y) if i or first_is_quantized else [y]
+        return *results, residual
+
+    graph, counts = fused(layers, start, weight, *xs)
+    assert counts["norm_quantize"] == 4 - (not first_is_quantized)
+    kept = [n.args[-1] for n in graph.graph.nodes if n.target is ops.norm_quantize.default]
+    assert kept == ([False] if first_is_quantized else []) + [True, False, True]
+    wanted, residual = [], start
+    for pair in (xs[:2], xs[2:]):
+        for i in range(2):
+            y, added = reference.rms_norm([residual, *pair[: i + 1]], weight, EPSILON)
+            wanted += reference.quantize_activation(y)
+        residual = added
+    found = graph(start, weight, *xs)
+    if not first_is_quantized:  # vLLM's own norm
+        assert torch.allclose(found[0].float(), wanted.pop(0) * wanted.pop(0)[:, None], atol=0.05)
+        found = found[1:]
+    check(found, (*wanted, residual))
 
 
 def test_norm_whose_result_others_need_too() -> None:
@@ -83,7 +113,7 @@ def test_norm_whose_result_others_need_too() -> None:
 
     graph, counts = fused(layer, x, weight)
     assert counts["norm_quantize"] == 1 and counts["quantize_activation"] == 0
-    y, _ = reference.rms_norm(x, None, weight, EPSILON)
+    y, _ = reference.rms_norm([x], weight, EPSILON)
     quantized = reference.quantize_activation(y)
     check(graph(x, weight), (*quantized, *quantized, y * 2))
 
@@ -145,12 +175,12 @@ def test_rms_norm_reference() -> None:
     """The exact norm of the exact sum, rounded once; and the same for a row alone."""
     for k in (8, 288, 4096, 5120, 14336):
         x, residual, weight = make(7, k), make(7, k) * 3, make(k)
-        y, added = reference.rms_norm(x, residual, weight, EPSILON)
+        y, added = reference.rms_norm([x, residual], weight, EPSILON)
         assert torch.equal(added, (x.float() + residual.float()).bfloat16())
         exact = x.double() + residual.double()
         exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + EPSILON) * weight
         assert ((y.double() - exact).abs() <= (2**-8 + 1e-6) * exact.abs()).all()
-        alone, _ = reference.rms_norm(x[3:4], residual[3:4], weight, EPSILON)
+        alone, _ = reference.rms_norm([x[3:4], residual[3:4]], weight, EPSILON)
         assert_same_bits(alone, y[3:4])
 
 

@@ -178,16 +178,18 @@ def test_quantize_activation_equals_reference(k: int, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", HALF)
 def test_norm_quantize_equals_reference(k: int, dtype: torch.dtype) -> None:
     x = torch.cat([rows_of_trouble(k, dtype), torch.randn(40, k).to(dtype)])
-    residual, weight = x.flip(0) * 0.5, (torch.rand(k) + 0.5).to(dtype)
-    for other, keep in itertools.product((None, residual), (False, True)):
-        y, added = reference.rms_norm(x, other, weight, 1e-5)
+    weight, nothing = (torch.rand(k) + 0.5).to(dtype), x.new_empty(0)
+    all_addends = [x, x.flip(0) * 0.5, x.roll(1, 0) * 0.25]
+    for number, keep, keep_sum in itertools.product((1, 2, 3), (False, True), (False, True)):
+        addends = all_addends[:number]
+        y, added = reference.rms_norm(addends, weight, 1e-5)
         a8, scale = reference.quantize_activation(y)
-        inputs = x.cuda(), None if other is None else other.cuda(), weight.cuda()
-        found = [t.cpu() for t in ops.norm_quantize(*inputs, 1e-5, keep)]
+        inputs = [t.cuda() for t in addends], weight.cuda()
+        found = [t.cpu() for t in ops.norm_quantize(*inputs, 1e-5, keep, keep_sum)]
         assert_same_bits(activations.unswizzle(found[0], *x.shape), a8)
         assert_same_bits(found[1], scale)
-        assert_same_bits(found[2], y if keep else x.new_empty(0))
-        assert_same_bits(found[3], x.new_empty(0) if other is None else added)
+        assert_same_bits(found[2], y if keep else nothing)
+        assert_same_bits(found[3], added if keep_sum else nothing)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -227,7 +229,7 @@ def test_operators_pass_opcheck() -> None:
     stacks = [list(prepared_stack(expert_stack(4, n, 128, 128))) for n in (256, 128)]
     weights, ids = (t.cuda() for t in routing(5, 2, 4, "random"))
     torch.library.opcheck(ops.quantize_activation, (x,))
-    torch.library.opcheck(ops.norm_quantize, (x, x * 2, x[0], 1e-5, True))
+    torch.library.opcheck(ops.norm_quantize, ([x, x * 2, x + 1], x[0], 1e-5, True, True))
     torch.library.opcheck(ops.silu_mul_quantize, (x,))
     torch.library.opcheck(ops.gemm, (a8, scale, *w, None, torch.bfloat16))
     torch.library.opcheck(ops.moe, (x, *stacks, weights, ids, None, False))

@@ -4,6 +4,8 @@
     silu(gate) * up, as Inductor decomposes it   -> quantize_activation     silu_mul_quantize
 
 Anything else stays as it is, and so does a norm of other sizes or dtypes than `norm_quantize` has.
+Where a norm's residual is itself a sum of this graph, `norm_quantize` gets what that is the sum of:
+Inductor would compute it so, in float32, and nobody has to store that sum.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.config import CompilationMode, get_current_vllm_config_or_none
 from vllm.logger import init_logger
@@ -24,7 +28,7 @@ from vllm.platforms import current_platform
 
 from vllm_intscale import ops
 from vllm_intscale.errors import IntScaleError
-from vllm_intscale.row_kernels import MAX_NORM_K, MAX_ROW_BYTES
+from vllm_intscale.row_kernels import MAX_ADDENDS, MAX_NORM_K, MAX_ROW_BYTES
 
 logger = init_logger("vllm.intscale")
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -55,7 +59,11 @@ class QuantizeWhereMade(InductorPass):  # type: ignore[misc]
 
     def __call__(self, graph: Graph) -> None:
         quantized = dict.fromkeys(n.args[0] for n in graph.nodes if n.target is QUANTIZE)
-        norms = sum(_fuse_norm(graph, made) for made in quantized)
+        sums: dict[Node, list[Node]] = {}
+        norms = sum(_fuse_norm(graph, made, sums) for made in quantized)
+        for added in sums:
+            if not added.users:
+                _forget_sum(added)
         products = sum(_fuse_silu_mul(graph, made) for made in quantized)
         logger.info_once(
             "intscale: %d of %d inputs of layers are quantized by the norm before them, %d by "
@@ -68,14 +76,20 @@ class QuantizeWhereMade(InductorPass):  # type: ignore[misc]
         return str(self.hash_source(inspect.getsource(sys.modules[__name__])))
 
 
-def _fuse_norm(graph: Graph, made: Any) -> bool:
-    """Whether `made` is a norm, which now quantizes what it makes."""
+def _fuse_norm(graph: Graph, made: Any, sums: dict[Node, list[Node]]) -> bool:
+    """Whether `made` is a norm, which now quantizes what it makes.
+
+    sums: those that such norms store, and what each is the sum of; this one is added.
+    """
     norm: Any = made
-    residual = None
+    addends: list[Node] = []
     if made.target is operator.getitem and made.args[1] == 0:
         norm = made.args[0]
     if _is(norm, torch.ops.vllm_ir.fused_add_rms_norm):
         x, residual, weight, epsilon, *size = norm.args
+        addends = _addends(residual, sums)
+        if len(addends) == MAX_ADDENDS:
+            addends = [residual]
     elif norm is made and _is(norm, torch.ops.vllm_ir.rms_norm):
         x, weight, epsilon, *size = norm.args
     else:
@@ -88,15 +102,37 @@ def _fuse_norm(graph: Graph, made: Any) -> bool:
     if weight.meta["val"].dtype != value.dtype:
         return False
     keep = any(user.target is not QUANTIZE for user in made.users)
-    args = (x, residual, weight, epsilon, keep)
+    args = ([*addends, x], weight, epsilon, keep, bool(addends))
     a8, token_scale, y, added = _insert(graph, norm, ops.norm_quantize.default, args)
     _replace_quantized(graph, made, a8, token_scale)
-    if residual is not None:
+    if addends:
+        sums[added] = [*addends, x]
         for user in list(norm.users):
             user.replace_all_uses_with(y if user.args[1] == 0 else added)
+            graph.erase_node(user)
     elif keep:
         made.replace_all_uses_with(y)
+    graph.erase_node(norm)  # it is a user of its residual
     return True
+
+
+def _addends(node: Any, sums: dict[Node, list[Node]]) -> list[Node]:
+    """What a node is the sum of, if that is known, otherwise itself."""
+    if node in sums:
+        return sums[node]
+    if node.target is operator.getitem and node.args[1] == 1:
+        norm = node.args[0]
+        if _is(norm, torch.ops.vllm_ir.fused_add_rms_norm):
+            return [*_addends(norm.args[1], sums), norm.args[0]]
+    return [node]
+
+
+def _forget_sum(added: Any) -> None:
+    """Have the norm not store it."""
+    norm = added.args[0]
+    norm.args = (*norm.args[:-1], False)
+    norm.meta["val"] = (*norm.meta["val"][:-1], norm.meta["val"][-1].new_empty(0))
+    added.meta["val"] = norm.meta["val"][-1]
 
 
 def _fuse_silu_mul(graph: Graph, made: Any) -> bool:
@@ -141,8 +177,10 @@ def _unconverted(node: Any) -> Any:
 
 def _insert(graph: Graph, before: Node, target: Any, args: Sequence[Any]) -> list[Node]:
     """Call an operator there; the nodes of its results."""
-    values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
-    with args[0].meta["val"].fake_mode, graph.inserting_before(before):
+    values = map_arg(tuple(args), lambda node: node.meta["val"])
+    fake_mode = detect_fake_mode(values)
+    assert fake_mode
+    with fake_mode, graph.inserting_before(before):
         call = graph.call_function(target, tuple(args))
         call.meta["val"] = target(*values)
         results = [

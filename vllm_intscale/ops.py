@@ -1,7 +1,7 @@
 """The torch operators `torch.ops.intscale.*`, on CPU and CUDA, with fakes for torch.compile.
 
     quantize_activation   x [M, K] -> a8 int8 (CPU: [M, K]; CUDA: tiles), token_scale float32 [M]
-    norm_quantize         x, residual, weight -> a8, token_scale, normed x + residual, x + residual
+    norm_quantize         addends, weight -> a8, token_scale, the normed sum, the sum
     silu_mul_quantize     gate_up [M, 2 K] -> a8, token_scale of silu(gate) * up
     gemm                  a8, token_scale, weight, bias -> y [M, N]
     moe                   x [M, H], w13, w2, routing -> y [M, H]
@@ -80,11 +80,11 @@ def _quantize_activation_fake(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _norm_quantize_fake(
-    x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, keep: bool
+    addends: list[Tensor], weight: Tensor, epsilon: float, keep: bool, keep_sum: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = x.new_empty(x.shape if keep else 0)
-    added = x.new_empty(0 if residual is None else x.shape)
-    return *_quantize_activation_fake(x), y, added
+    x = addends[0]
+    kept = (x.new_empty(x.shape if wanted else 0) for wanted in (keep, keep_sum))
+    return (*_quantize_activation_fake(x), *kept)  # type: ignore[return-value]
 
 
 def _silu_mul_quantize_fake(gate_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         cpu_backend.quantize_activation,
         _quantize_activation_fake,
     ),
-    "norm_quantize(Tensor x, Tensor? residual, Tensor weight, float epsilon, bool keep) "
+    "norm_quantize(Tensor[] addends, Tensor weight, float epsilon, bool keep, bool keep_sum) "
     "-> (Tensor, Tensor, Tensor, Tensor)": (cpu_backend.norm_quantize, _norm_quantize_fake),
     "silu_mul_quantize(Tensor gate_up) -> (Tensor, Tensor)": (
         cpu_backend.silu_mul_quantize,

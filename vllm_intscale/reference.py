@@ -22,7 +22,7 @@ by or divide: torch turns `tensor / number` into a multiplication with a rounded
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -174,18 +174,20 @@ def norm_threads(k: int) -> int:
     return threads
 
 
-def rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor]:
-    """x + residual, normalized by its root mean square and weighted; and x + residual.
+def rms_norm(addends: Sequence[Tensor], weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Their sum, normalized by its root mean square and weighted; and the sum.
 
-    x, residual `[M, K]`, weight `[K]`, all of one dtype. float32 inside, as vLLM's graphs compute
-    it: both results are rounded to the dtype once. Squares are added in a fixed order: every sum is
-    that of 8 neighbouring columns in each block of 8 * `norm_threads`, one after the other; then
-    the second half of each 32 sums is added to the first, until one is left, and so for those.
+    addends `[M, K]`, added in this order, weight `[K]`, all of one dtype. float32 inside, as vLLM's
+    graphs compute it: both results are rounded to the dtype once. Squares are added in a fixed
+    order: every sum is that of 8 neighbouring columns in each block of 8 * `norm_threads`, one
+    after the other; then the second half of each 32 sums is added to the first, until one is left,
+    and so for those.
     """
+    x = addends[0]
     rows, k = x.shape
-    added = x.float() if residual is None else x.float() + residual.float()
+    added = x.float()
+    for other in addends[1:]:
+        added = added + other.float()
     threads = norm_threads(k)
     squares = torch.nn.functional.pad(added.square(), (0, -k % (8 * threads)))
     sums = x.new_zeros(rows, threads, dtype=torch.float32)

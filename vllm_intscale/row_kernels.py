@@ -18,6 +18,7 @@ ROW_THREADS = 256
 MAX_ROW_THREADS = 1024  # kMaxThreads of activation.cu
 HELD_COLUMNS = 16  # of a thread of quantize_activation, kHeld * kVector of activation.cu
 MAX_NORM_K = MAX_ROW_THREADS * HELD_COLUMNS  # all columns of norm_quantize are held
+MAX_ADDENDS = 3  # of norm_quantize
 MAX_ROW_BLOCKS = 8  # of a portable cluster
 MAX_ROW_BYTES = 96 * 1024  # shared memory for one row of silu_mul_quantize
 
@@ -95,24 +96,23 @@ def _float32_bits(number: float) -> int:
 
 
 def norm_quantize(
-    x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, keep: bool
+    addends: list[Tensor], weight: Tensor, epsilon: float, keep: bool, keep_sum: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.rms_norm` and `quantize_activation` of its result, fused.
 
-    x and residual `[M, K]`, weight `[K]`, bf16 or fp16, K a multiple of 8, at most MAX_NORM_K.
-    Gives a8, token_scale, the normed rows (if `keep`, otherwise empty) and x + residual (empty
-    without one).
+    addends: up to MAX_ADDENDS `[M, K]`, weight `[K]`, bf16 or fp16, K a multiple of 8, at most
+    MAX_NORM_K. Gives a8, token_scale, the normed rows (if `keep`, otherwise empty) and the sum (if
+    `keep_sum`, otherwise empty).
     """
+    x, weight = addends[0], weight.contiguous()
     m, k = x.shape
-    x, weight = aligned(x).contiguous(), weight.contiguous()
     a8, token_scale = new_activation(x, m, k), x.new_empty(m, dtype=torch.float32)
-    y = torch.empty_like(x) if keep else x.new_empty(0)
-    added = x.new_empty(0)
-    if residual is not None:
-        residual, added = aligned(residual).contiguous(), torch.empty_like(x)
+    y, added = (x.new_empty((m, k) if wanted else 0) for wanted in (keep, keep_sum))
     if m:
-        outputs = (a8, token_scale, y if keep else None, None if residual is None else added)
-        args = (x, residual, weight, _float32_bits(epsilon), *outputs, k, a8.shape[1])
+        inputs = [aligned(addend).contiguous() for addend in addends]
+        unused = [None] * (MAX_ADDENDS - len(inputs))
+        outputs = (a8, token_scale, y if keep else None, added if keep_sum else None)
+        args = (*inputs, *unused, weight, _float32_bits(epsilon), *outputs, k, a8.shape[1])
         kernel, threads = row_kernel("norm_quantize", x.dtype), reference.norm_threads(k)
         jit.launch(kernel, x.device, (m,), threads, args, overlap=True)
     return a8, token_scale, y, added

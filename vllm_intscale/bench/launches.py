@@ -49,7 +49,7 @@ def main() -> None:
     a8, scale = ops.quantize_activation(x)
     calls: dict[str, Callable[[], object]] = {
         "intscale.quantize_activation": lambda: ops.quantize_activation(x),
-        "intscale.norm_quantize": lambda: ops.norm_quantize(x, x, x[0], 1e-5, False),
+        "intscale.norm_quantize": lambda: ops.norm_quantize([x, x], x[0], 1e-5, False, True),
         "intscale.silu_mul_quantize": lambda: ops.silu_mul_quantize(gate_up),
         "intscale.gemm": lambda: ops.gemm(a8, scale, *square, None, x.dtype),
         "torch.nn.functional.linear": lambda: torch.nn.functional.linear(x, dense),
