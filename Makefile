@@ -14,7 +14,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python serving_examples/quickstart.py
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
