@@ -24,7 +24,7 @@ from vllm import ir
 from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
 
-from vllm_intscale import fusion, ops, reference
+from vllm_intscale import fusion, ops, reference, row_kernels
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.quantize import quantize_model
 
@@ -182,6 +182,11 @@ def test_rms_norm_reference() -> None:
         assert ((y.double() - exact).abs() <= (2**-8 + 1e-6) * exact.abs()).all()
         alone, _ = reference.rms_norm([x[3:4], residual[3:4]], weight, EPSILON)
         assert_same_bits(alone, y[3:4])
+
+
+def test_too_many_addends() -> None:
+    with pytest.raises(IntScaleError, match="adds up 3 tensors at most: 4"):
+        row_kernels.norm_quantize([make(2, 8)] * 4, make(8), EPSILON, False, False)
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,8 @@ def norm_quantize(
     MAX_NORM_K. Gives a8, token_scale, the normed rows (if `keep`, otherwise empty) and the sum (if
     `keep_sum`, otherwise empty).
     """
+    if len(addends) > MAX_ADDENDS:
+        raise IntScaleError(f"norm_quantize adds up {MAX_ADDENDS} tensors at most: {len(addends)}")
     x, weight = addends[0], weight.contiguous()
     m, k = x.shape
     a8, token_scale = new_activation(x, m, k), x.new_empty(m, dtype=torch.float32)
