@@ -103,6 +103,43 @@ def test_norms_of_one_sum(first_is_quantized: bool) -> None:
     check(found, (*wanted, residual))
 
 
+def test_sums_of_norms_that_stay() -> None:
+    """Nothing but the last norm is quantized: it adds up three, not all five."""
+    weight, *xs = make(128), *(make(3 + i, 128)[:3] for i in range(5))
+
+    def layers(weight: Tensor, residual: Tensor, *xs: Tensor) -> Any:
+        for x in xs:
+            y, residual = add_norm(x, residual, weight)
+        return *ops.quantize_activation(y), residual
+
+    graph, counts = fused(layers, weight, *xs)
+    assert counts["norm_quantize"] == 1
+    stored = xs[0]
+    for x in xs[1:3]:
+        stored = add_norm(x, stored, weight)[1]
+    y, added = reference.rms_norm([stored, *xs[3:]], weight, EPSILON)
+    check(graph(weight, *xs), (*reference.quantize_activation(y), added))
+
+
+def test_sums_are_those_of_a_compiled_graph() -> None:
+    """Inductor, too, rounds a sum that goes from one norm to the next only where it is stored."""
+    xs, weight = [make(64 + i, 256)[:64] for i in range(3)], make(256)
+
+    @torch.compile(fullgraph=True)
+    def unfused(first: Tensor, second: Tensor, third: Tensor, weight: Tensor) -> Any:
+        y, residual = native(second, first, weight, EPSILON)
+        a8, token_scale = ops.quantize_activation(y)  # no part of its kernels, as layers are
+        return a8, token_scale, *native(third, residual, weight, EPSILON)
+
+    native = ir.ops.fused_add_rms_norm.impls["native"].impl_fn
+    *_, found, added = unfused(*xs, weight)
+    y, wanted = reference.rms_norm(xs, weight, EPSILON)
+    assert_same_bits(added, wanted)
+    assert (found != y).float().mean() < 1e-3  # squares are added in another order
+    rounded = (xs[0].float() + xs[1].float()).bfloat16()
+    assert (reference.rms_norm([rounded, xs[2]], weight, EPSILON)[1] != wanted).float().mean() > 0.1
+
+
 def test_norm_whose_result_others_need_too() -> None:
     """As a router does; and two layers that read the same norm."""
     x, weight = make(3, 128), make(128)

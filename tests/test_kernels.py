@@ -180,16 +180,16 @@ def test_norm_quantize_equals_reference(k: int, dtype: torch.dtype) -> None:
     x = torch.cat([rows_of_trouble(k, dtype), torch.randn(40, k).to(dtype)])
     weight, nothing = (torch.rand(k) + 0.5).to(dtype), x.new_empty(0)
     all_addends = [x, x.flip(0) * 0.5, x.roll(1, 0) * 0.25]
-    for number, keep, keep_sum in itertools.product((1, 2, 3), (False, True), (False, True)):
+    for number, *kept in itertools.product((1, 2, 3), (False, True), (False, True)):
         addends = all_addends[:number]
         y, added = reference.rms_norm(addends, weight, 1e-5)
         a8, scale = reference.quantize_activation(y)
         inputs = [t.cuda() for t in addends], weight.cuda()
-        found = [t.cpu() for t in ops.norm_quantize(*inputs, 1e-5, keep, keep_sum)]
+        found = [t.cpu() for t in ops.norm_quantize(*inputs, 1e-5, *kept)]
         assert_same_bits(activations.unswizzle(found[0], *x.shape), a8)
         assert_same_bits(found[1], scale)
-        assert_same_bits(found[2], y if keep else nothing)
-        assert_same_bits(found[3], added if keep_sum else nothing)
+        assert_same_bits(found[2], y if kept[0] else nothing)
+        assert_same_bits(found[3], added if kept[1] else nothing)
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -25,12 +25,12 @@ quantize_activation = reference.quantize_activation
 
 
 def norm_quantize(
-    addends: list[Tensor], weight: Tensor, epsilon: float, keep: bool, keep_sum: bool
+    addends: list[Tensor], weight: Tensor, epsilon: float, keep_norm: bool, keep_sum: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.rms_norm`, quantized; see `row_kernels.norm_quantize`."""
     y, added = reference.rms_norm(addends, weight, epsilon)
     nothing = weight.new_empty(0)
-    return *quantize_activation(y), y if keep else nothing, added if keep_sum else nothing
+    return *quantize_activation(y), y if keep_norm else nothing, added if keep_sum else nothing
 
 
 def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,8 +88,6 @@ def _fuse_norm(graph: Graph, made: Any, sums: dict[Node, list[Node]]) -> bool:
     if _is(norm, torch.ops.vllm_ir.fused_add_rms_norm):
         x, residual, weight, epsilon, *size = norm.args
         addends = _addends(residual, sums)
-        if len(addends) == MAX_ADDENDS:
-            addends = [residual]
     elif norm is made and _is(norm, torch.ops.vllm_ir.rms_norm):
         x, weight, epsilon, *size = norm.args
     else:
@@ -101,8 +99,8 @@ def _fuse_norm(graph: Graph, made: Any, sums: dict[Node, list[Node]]) -> bool:
         return False
     if weight.meta["val"].dtype != value.dtype:
         return False
-    keep = any(user.target is not QUANTIZE for user in made.users)
-    args = ([*addends, x], weight, epsilon, keep, bool(addends))
+    keep_norm = any(user.target is not QUANTIZE for user in made.users)
+    args = ([*addends, x], weight, epsilon, keep_norm, bool(addends))
     a8, token_scale, y, added = _insert(graph, norm, ops.norm_quantize.default, args)
     _replace_quantized(graph, made, a8, token_scale)
     if addends:
@@ -110,21 +108,20 @@ def _fuse_norm(graph: Graph, made: Any, sums: dict[Node, list[Node]]) -> bool:
         for user in list(norm.users):
             user.replace_all_uses_with(y if user.args[1] == 0 else added)
             graph.erase_node(user)
-    elif keep:
+    elif keep_norm:
         made.replace_all_uses_with(y)
     graph.erase_node(norm)  # it is a user of its residual
     return True
 
 
 def _addends(node: Any, sums: dict[Node, list[Node]]) -> list[Node]:
-    """What a node is the sum of, if that is known, otherwise itself."""
-    if node in sums:
-        return sums[node]
+    """What a node is the sum of, if that is known and one more can be added, otherwise itself."""
+    found = sums.get(node, [])
     if node.target is operator.getitem and node.args[1] == 1:
         norm = node.args[0]
         if _is(norm, torch.ops.vllm_ir.fused_add_rms_norm):
-            return [*_addends(norm.args[1], sums), norm.args[0]]
-    return [node]
+            found = [*_addends(norm.args[1], sums), norm.args[0]]
+    return found if 0 < len(found) < MAX_ADDENDS else [node]
 
 
 def _forget_sum(added: Any) -> None:

@@ -80,10 +80,10 @@ def _quantize_activation_fake(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _norm_quantize_fake(
-    addends: list[Tensor], weight: Tensor, epsilon: float, keep: bool, keep_sum: bool
+    addends: list[Tensor], weight: Tensor, epsilon: float, keep_norm: bool, keep_sum: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = addends[0]
-    kept = (x.new_empty(x.shape if wanted else 0) for wanted in (keep, keep_sum))
+    kept = (x.new_empty(x.shape if wanted else 0) for wanted in (keep_norm, keep_sum))
     return (*_quantize_activation_fake(x), *kept)  # type: ignore[return-value]
 
 
@@ -112,7 +112,7 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         cpu_backend.quantize_activation,
         _quantize_activation_fake,
     ),
-    "norm_quantize(Tensor[] addends, Tensor weight, float epsilon, bool keep, bool keep_sum) "
+    "norm_quantize(Tensor[] addends, Tensor weight, float epsilon, bool keep_norm, bool keep_sum) "
     "-> (Tensor, Tensor, Tensor, Tensor)": (cpu_backend.norm_quantize, _norm_quantize_fake),
     "silu_mul_quantize(Tensor gate_up) -> (Tensor, Tensor)": (
         cpu_backend.silu_mul_quantize,

@@ -96,24 +96,24 @@ def _float32_bits(number: float) -> int:
 
 
 def norm_quantize(
-    addends: list[Tensor], weight: Tensor, epsilon: float, keep: bool, keep_sum: bool
+    addends: list[Tensor], weight: Tensor, epsilon: float, keep_norm: bool, keep_sum: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.rms_norm` and `quantize_activation` of its result, fused.
 
     addends: up to MAX_ADDENDS `[M, K]`, weight `[K]`, bf16 or fp16, K a multiple of 8, at most
-    MAX_NORM_K. Gives a8, token_scale, the normed rows (if `keep`, otherwise empty) and the sum (if
-    `keep_sum`, otherwise empty).
+    MAX_NORM_K. Gives a8, token_scale, the normed rows and the sum (empty unless `keep_norm` and
+    `keep_sum`). Raises IntScaleError for more addends.
     """
     if len(addends) > MAX_ADDENDS:
         raise IntScaleError(f"norm_quantize adds up {MAX_ADDENDS} tensors at most: {len(addends)}")
     x, weight = addends[0], weight.contiguous()
     m, k = x.shape
     a8, token_scale = new_activation(x, m, k), x.new_empty(m, dtype=torch.float32)
-    y, added = (x.new_empty((m, k) if wanted else 0) for wanted in (keep, keep_sum))
+    y, added = (x.new_empty((m, k) if wanted else 0) for wanted in (keep_norm, keep_sum))
     if m:
         inputs = [aligned(addend).contiguous() for addend in addends]
         unused = [None] * (MAX_ADDENDS - len(inputs))
-        outputs = (a8, token_scale, y if keep else None, added if keep_sum else None)
+        outputs = (a8, token_scale, y if keep_norm else None, added if keep_sum else None)
         args = (*inputs, *unused, weight, _float32_bits(epsilon), *outputs, k, a8.shape[1])
         kernel, threads = row_kernel("norm_quantize", x.dtype), reference.norm_threads(k)
         jit.launch(kernel, x.device, (m,), threads, args, overlap=True)
