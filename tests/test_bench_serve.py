@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,17 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_intscale import cli
-from vllm_intscale.bench import engine_worker, random_checkpoint, random_formats, serve, served
-from vllm_intscale.bench.serve import Configuration, Row
+from vllm_intscale.bench import (
+    configurations,
+    engine_worker,
+    random_checkpoint,
+    random_formats,
+    serve,
+    serve_report,
+    served,
+)
+from vllm_intscale.bench.configurations import Configuration, Plan, groups_of
+from vllm_intscale.bench.serve import Row
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.packing import unpack_codes
 
@@ -81,23 +91,104 @@ def test_rows_beside_another_control_are_not_compared() -> None:
     assert serve.agreeing(by_gpu)["decode", 1] == by_gpu
 
 
+def test_configurations_on_several_gpus(tmp_path: Path) -> None:
+    """Options of each; a GPU holds its part of the weights and of the cache."""
+    options = {
+        name: dict(configurations.configuration_of(name).options)
+        for name in ("marlin_w4a16_tp2", "w4a8_fp8_pp4", "intscale_ep2", "w4a8_fp8")
+    }
+    assert options == {
+        "marlin_w4a16_tp2": {"linear_backend": "marlin", "tensor_parallel_size": 2},
+        "w4a8_fp8_pp4": {"pipeline_parallel_size": 4},
+        "intscale_ep2": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+        "w4a8_fp8": {},
+    }
+    for name in ("intscale_tp0", "intscale_dp2", "fp7_tp2"):
+        with pytest.raises(IntScaleError, match=f"'{name}' is unknown; .* on N GPUs as NAME_tpN"):
+            configurations.configuration_of(name)
+
+    one, two = (configurations.plan(n, SMALL, tmp_path, 100, {}) for n in ("bf16", "bf16_tp2"))
+    assert one.arguments["kv_cache_memory_bytes"] == 100 * 2 * 2 * 2 * (2 * 64)  # bf16, k and v
+    own = [plan.bytes_needed - configurations.OTHER_BYTES for plan in (one, two)]
+    assert own[0] == 2 * own[1] > 1e6
+
+
+def test_configurations_at_once(tmp_path: Path) -> None:
+    """As many as there is room for; one that is too large is not left out."""
+
+    def plan(name: str, gib: float) -> Plan:
+        cache = int(gib * 2**30) - configurations.OTHER_BYTES
+        return Plan(name, {"model": str(tmp_path), "kv_cache_memory_bytes": cache})
+
+    plans = [plan("a", 10), plan("b", 10), plan("c", 10), plan("d", 31), plan("e", 15)]
+    plans += [plan("f", 15), plan("g", 15.1)]
+    names = [[p.name for p in group] for group in groups_of(plans, 30 * 2**30)]
+    assert names == [["a", "b"], ["c"], ["d"], ["e", "f"], ["g"]]
+    assert groups_of([], 1.0) == []
+
+
+class FakeWorker:
+    """Says which of them were running when it was asked."""
+
+    running: set[str] = set()
+    facts = {"weights_gib": 1.0}
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self.name = plan.name
+        self.running.add(self.name)
+
+    def ask(self, request: dict[str, int]) -> dict[str, Any]:
+        return {**STEP, "running": sorted(self.running)}
+
+    def close(self) -> None:
+        self.running.remove(self.name)
+
+
+def test_a_control_runs_where_it_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside all but the largest, which runs alone, after the control has ended, and is marked."""
+    monkeypatch.setattr(serve, "_start", FakeWorker)
+    sizes = {
+        name: configurations.plan(name, SMALL, tmp_path, 5120, {}).bytes_needed
+        for name in ("intscale", "fp8", "bf16")
+    }
+    monkeypatch.setattr(serve, "gpu_bytes", lambda: sizes["intscale"] + sizes["fp8"])
+    rows: list[Row] = []
+    names = ["bf16", "fp8", "intscale"]
+    serve.run(SMALL, names, [1], tmp_path, rows.append, {}, "intscale")
+    assert not FakeWorker.running
+    together = ["fp8", "intscale"]
+    assert [(r.configuration, r.what, (r.found or {})["running"]) for r in rows] == [
+        *(("intscale", "prefill", together), ("fp8", "prefill", together)),
+        *(("intscale", "decode", together), ("fp8", "decode", together)),
+        *(("bf16", "prefill", ["bf16"]), ("bf16", "decode", ["bf16"])),
+    ]
+    assert [bool(row.control) for row in rows] == [True] * 4 + [False] * 2
+    serve_report.print_tables(rows)
+    printed = capsys.readouterr().out
+    assert re.search(r"bf16 +10.000\*", printed) and re.search(r"fp8 +10.000 *\n", printed)
+    assert "* alone: there was no room for the control beside it" in printed
+
+
 @pytest.mark.e2e
 @pytest.mark.timeout(420)
 def test_engines_on_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a control in bf16; one configuration whose kernel is not the one that is meant."""
+    """On two "GPUs" beside one; a configuration whose kernel is not the one that is meant."""
     pytest.importorskip("vllm")
     monkeypatch.setattr(serve, "PREFILL_PROMPTS", 2)
     monkeypatch.setitem(random_checkpoint.MODELS, "small", SMALL)
     ours = Configuration("intscale", r"14 on cpu_backend|8 on cpu_backend")
-    monkeypatch.setitem(serve.CONFIGURATIONS, "intscale", ours)
+    monkeypatch.setitem(configurations.CONFIGURATIONS, "intscale", ours)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # two ranks may be on one core
     command = ["intscale", "bench", "serve", "--model", "small", "--batches", "1,3", "--out"]
     options = [
         "--configurations",
-        "intscale,w8a8_int8",
+        "intscale_tp2,w8a8_int8",
         "--control",
-        "bf16",
+        "intscale",
         "--plot",
         str(tmp_path / "plot.png"),
     ]
@@ -111,19 +202,19 @@ def test_engines_on_cpu(
     assert not stop.value.code
     printed = capsys.readouterr().out
     found = json.loads(printed.splitlines()[-1])
-    asked = [(r["configuration"], r["what"], r["batch"]) for r in found["rows"]]
-    assert asked == [
-        ("w8a8_int8", "start", 0),
-        *(("intscale", "prefill", 2), ("intscale", "decode", 1), ("intscale", "decode", 3)),
-        *(("w8a8_int8", "serve", 0), ("intscale", "serve", 2)),
-    ]
-    assert "its log does not say" in found["rows"][0]["error"]
-    assert all(r["found"]["tokens_per_second"] > 0 for r in found["rows"][1:4])
-    assert all(r["control"]["tokens_per_second"] > 0 for r in found["rows"][1:4])
-    assert "its log does not say" in found["rows"][4]["error"]
-    assert found["rows"][5]["found"]["completed"] == 2 * served.ROUNDS
-    assert set(found["engines"]) == {"intscale", "bf16"}  # with the control
-    assert all(facts["weights_gib"] > 0 for facts in found["engines"].values())
+    rows = {(r["configuration"], r["what"], r["batch"]): r for r in found["rows"]}
+    asked = [("prefill", 2), ("decode", 1), ("decode", 3)]
+    timed = [("intscale_tp2", *question) for question in asked]
+    failed = [("w8a8_int8", what, 0) for what in ("start", "serve")]
+    answered = ("intscale_tp2", "serve", 2)
+    assert list(rows) == [failed[0], *timed, failed[1], answered]
+    for which in ("found", "control"):
+        assert all(rows[key][which]["tokens_per_second"] > 0 for key in timed)
+    assert all("its log does not say" in rows[key]["error"] for key in failed)
+    assert rows[answered]["found"]["completed"] == 2 * served.ROUNDS
+    weights = {name: facts["weights_gib"] for name, facts in found["engines"].items()}
+    assert set(weights) == {"intscale", "intscale_tp2"}  # with the control
+    assert all(size > 0 for size in weights.values())
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert "A step of decoding" in printed
 
@@ -148,7 +239,7 @@ def test_workers_that_fail_are_one_line(tmp_path: Path) -> None:
 def test_unknown_names_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for options, message in (
         (["--model", "gpt-2"], "model 'gpt-2' is unknown"),
-        (["--configurations", "fp7"], "fp7: unknown; there are intscale, bf16"),
+        (["--configurations", "fp7"], "'fp7' is unknown; there are intscale, bf16"),
         (["--engine", "[]"], "it must be an object"),
     ):
         monkeypatch.setattr(sys, "argv", ["intscale", "bench", "serve", *options])

@@ -101,7 +101,11 @@ def bench_serve(
         ),
     ] = "llama-3-8b",
     configurations: Annotated[
-        list[str] | None, typer.Option(metavar="NAME,NAME", help="Default: all.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,NAME",
+            help="On N GPUs: NAME_tpN, NAME_ppN or NAME_epN. Default: all, on one.",
+        ),
     ] = None,
     control: Annotated[
         str, typer.Option(help="The configuration that runs beside the others.")
@@ -124,20 +128,23 @@ def bench_serve(
     """A whole model in vLLM's engine, in every quantization that vLLM offers.
 
     Prefill, and steps of decoding by wall time and by the time that the GPU is busy; which kernel
-    runs is read in the log. The control's engine beside them answers the same questions, and rows
-    count where it answers alike. With --concurrency, vLLM's server under vLLM's own client, too.
+    runs is read in the log. The control's engine answers the same questions beside those that leave
+    it room, and rows count where it answers alike. With --concurrency, vLLM's server under vLLM's
+    own client, too.
     The last line on stdout is JSON.
     """
     from vllm_intscale.bench import report, serve, serve_report, served
+    from vllm_intscale.bench.configurations import CONFIGURATIONS, configuration_of
     from vllm_intscale.bench.random_checkpoint import model_of
 
     if plot:
         report.import_pyplot()  # an error now, not after the work
-    names = parse_names(configurations or ()) or list(serve.CONFIGURATIONS)
+    names = parse_names(configurations or ()) or list(CONFIGURATIONS)
     sizes, shape = parse_tokens(batches or (), serve.BATCHES), model_of(model)
     concurrencies = parse_tokens(concurrency or (), ())
     arguments = parse_json_object("--engine", engine)
-    serve.check_names([*names, control])
+    for name in (*names, control):
+        configuration_of(name)  # an error now if it is unknown
     rows: list[serve.Row] = []
 
     def on_row(row: serve.Row) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 PROMPT = 128  # tokens of a prompt of which a step of decoding is timed
 LONG_PROMPT = 2048  # of one of which prefill is timed
-ROUNDS, STEPS = 4, 16  # of decoding; the median of rounds counts
+ROUNDS, STEPS = 16, 4  # of decoding; the median of rounds counts
 PROFILED_STEPS = 32
 SPARE = 16  # tokens that the first request may be ahead of the last, before and after these
 ANSWER = 2 * SPARE + ROUNDS * STEPS + PROFILED_STEPS

@@ -1,8 +1,8 @@
 """`intscale bench serve`: a model of random numbers in vLLM's engine, in every quantization it has.
 
 Each configuration runs in an engine of its own, some of them on the GPU at once, of which only one
-works at a time. The control's stays beside all of them: after each timing the same is asked of it,
-and rows count only where it answers alike.
+works at a time. The control's stays beside all of them that leave it room: after each timing the
+same is asked of it, and rows count only where it answers alike.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import select
 import subprocess
 import sys
@@ -20,10 +19,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import torch
-
-from vllm_intscale.bench.engine_worker import ANSWER, GROUP_SCALES, PROMPT
-from vllm_intscale.bench.random_checkpoint import write_random
+from vllm_intscale.bench.configurations import (
+    AT_ONCE,
+    Plan,
+    check_log,
+    configuration_of,
+    gpu_bytes,
+    groups_of,
+    plan,
+)
+from vllm_intscale.bench.engine_worker import ANSWER, PROMPT
 from vllm_intscale.errors import IntScaleError
 
 TOLERANCE = 0.02  # of the control's answers, between the rows that are compared
@@ -31,54 +36,16 @@ PREFILL_PROMPTS = 16
 BATCHES = (1, 16, 64, 256)
 MAX_LEN = 4096
 CACHE_TOKENS = 5120  # at least, of each engine
-AT_ONCE = 2  # beside the control: what has room on a GPU of 80 GB if one of them is 8B in bf16
 # Nobody here asks for other batches; users have more of these, which takes longer to start.
 GRAPHS = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}
 ENGINE = {"max_model_len": MAX_LEN, "enable_prefix_caching": False, "compilation_config": GRAPHS}
 
 
-class Configuration(NamedTuple):
-    """How vLLM runs a model: the checkpoint's format, engine options and environment.
-
-    log: what the log says if the kernel that is meant runs, a regular expression.
-    """
-
-    format: str
-    log: str
-    options: Mapping[str, Any] = {}
-    environment: Mapping[str, str] = {}
-
-
-CONFIGURATIONS = {
-    "intscale": Configuration("intscale", r"\d+ on sm\d+_w4a8_gemm"),
-    "bf16": Configuration("bf16", ""),
-    "fp8": Configuration("fp8", "Cutlass\\w*FP8"),
-    "machete_w4a16": Configuration("w4a16", "Machete"),
-    "w8a8_int8": Configuration("w8a8_int8", "Cutlass\\w*Int8"),
-    "marlin_w4a16": Configuration("gptq", "Marlin", {"linear_backend": "marlin"}),
-    "marlin_w4a8_int8": Configuration(
-        *("gptq", "Marlin", {"linear_backend": "marlin"}, {"VLLM_MARLIN_INPUT_DTYPE": "int8"})
-    ),
-    "w4a8_fp8": Configuration("w4a8_fp8", "CutlassW4A8"),
-    "humming_w4a8_int8": Configuration(
-        *("gptq", "(?i)humming", {"quantization": "humming"}),
-        {"VLLM_HUMMING_INPUT_QUANT_CONFIG": '{"dtype":"int8"}'},
-    ),
-    "intscale_unfused": Configuration(
-        "intscale", r"\d+ on sm\d+_w4a8_gemm", {}, {"INTSCALE_FUSE": "0"}
-    ),
-    **{
-        f"intscale_{kind}_scale": Configuration(
-            *("intscale", "accumulate form", {}),
-            {"INTSCALE_FORM": "accumulate", GROUP_SCALES: kind},
-        )
-        for kind in ("integer", "float")
-    },
-}
-
-
 class Row(NamedTuple):
-    """One timing: of prefill (batch: prompts) or a step of decoding, beside the control's."""
+    """One timing: of prefill (batch: prompts) or a step of decoding, beside the control's.
+
+    control: None if there was no room for it.
+    """
 
     configuration: str
     what: str
@@ -151,22 +118,6 @@ def last_line(log: Path) -> str:
     return next((t for t in reversed(log.read_text().splitlines()) if t.strip()), "")
 
 
-def checkpoint_of(name: str, model: Mapping[str, Any], folder: Path) -> Path:
-    """Of a configuration, written now if it is not there."""
-    form = CONFIGURATIONS[name].format
-    if not (folder / form).exists():
-        write_random(model, folder / form, form)
-        torch.cuda.empty_cache()  # it was made there
-    return folder / form
-
-
-def check_names(configurations: Sequence[str]) -> None:
-    """Raise IntScaleError for an unknown configuration."""
-    if unknown := [c for c in configurations if c not in CONFIGURATIONS]:
-        known = ", ".join(CONFIGURATIONS)
-        raise IntScaleError(f"--configurations {', '.join(unknown)}: unknown; there are {known}")
-
-
 def run(
     model: Mapping[str, Any],
     configurations: Sequence[str],
@@ -179,36 +130,46 @@ def run(
     """Time configurations, one row after the other; checkpoints and logs go to `folder`.
 
     model: config.json of `random_checkpoint`. engine: arguments of vllm.LLM for all. control_name:
-    the configuration that the same is asked of after each of the others. Returns what is known of
-    each engine that started: seconds of loading, GiB of weights.
+    the configuration that the same is asked of after each of the others, but for those that run
+    alone, at the end: they need the room it takes. Returns what is known of each engine that
+    started: seconds of loading, GiB of weights.
 
     Raises IntScaleError if the control fails; what fails otherwise is a row's error.
     """
     tokens = max(CACHE_TOKENS, max(batches) * (PROMPT + ANSWER))
-    arguments = {**ENGINE, **memory_of(model, tokens), **engine}
+    plans = {
+        name: plan(name, model, folder, tokens, {**ENGINE, **engine})
+        for name in (control_name, *configurations)
+    }
+    control = plans.pop(control_name)
+    room = gpu_bytes() - control.bytes_needed
+    beside = groups_of([p for p in plans.values() if p.bytes_needed <= room], room)
+    if not beside and control_name in configurations:
+        beside = [[]]
+    alone = [p for p in plans.values() if p.bytes_needed > room]
     facts: dict[str, dict[str, Any]] = {}
     wanted = set(configurations)
     with ThreadPoolExecutor(AT_ONCE + 1) as pool:
 
-        def start(name: str) -> Future[Worker]:
-            return pool.submit(_start, name, checkpoint_of(name, model, folder), arguments, folder)
+        def start(plans: Iterable[Plan]) -> dict[str, Future[Worker]]:
+            return {plan.name: pool.submit(_start, plan, folder) for plan in plans}
 
-        with closing_all({control_name: start(control_name)}) as controls:
-            for group in groups_of([name for name in configurations if name != control_name]):
-                with closing_all({name: start(name) for name in group}) as started:
-                    workers = {control_name: controls[control_name].result()}
-                    workers |= ready(started, on_row, "start")
-                    facts |= {name: worker.facts for name, worker in workers.items()}
-                    for row in _rows(workers, batches):
-                        if row.configuration in wanted:
-                            on_row(row)
+        def time_rows(workers: dict[str, Worker], control: Worker | None) -> None:
+            facts.update({name: worker.facts for name, worker in workers.items()})
+            for row in _rows(workers, control, batches):
+                if row.configuration in wanted:
+                    on_row(row)
+
+        with closing_all(start([control] if beside else [])) as controls:
+            for group in beside:
+                with closing_all(start(group)) as started:
+                    first = controls[control_name].result()
+                    time_rows({control_name: first, **ready(started, on_row, "start")}, first)
                 wanted.discard(control_name)  # it is asked again beside each group
+        for large in alone:
+            with closing_all(start([large])) as started:
+                time_rows(ready(started, on_row, "start"), None)
     return facts
-
-
-def groups_of(names: Sequence[str]) -> list[Sequence[str]]:
-    """Those that are on the GPU at once; one group at least."""
-    return [names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE)] or [[]]
 
 
 class Closable(Protocol):
@@ -242,10 +203,12 @@ def ready(
     return found
 
 
-def _rows(workers: dict[str, Worker], batches: Iterable[int]) -> Iterator[Row]:
-    """One configuration after the other for each question, after each the first, the control."""
+def _rows(
+    workers: Mapping[str, Worker], control: Worker | None, batches: Iterable[int]
+) -> Iterator[Row]:
+    """One configuration after the other for each question, after each the control."""
     questions = [("prefill", PREFILL_PROMPTS), *(("decode", batch) for batch in batches)]
-    control, failed = next(iter(workers.values())), set()
+    failed = set()
     for what, number in questions:
         for name, worker in workers.items():
             if name in failed:
@@ -258,37 +221,22 @@ def _rows(workers: dict[str, Worker], batches: Iterable[int]) -> Iterator[Row]:
                 failed.add(name)
                 yield Row(name, what, number, None, None, str(error))
                 continue
-            beside = found if worker is control else control.ask({what: number})
+            beside = None
+            if control:
+                beside = found if worker is control else control.ask({what: number})
             yield Row(name, what, number, found, beside)
 
 
-def _start(name: str, checkpoint: Path, engine: Mapping[str, Any], folder: Path) -> Worker:
+def _start(plan: Plan, folder: Path) -> Worker:
     """Raises IntScaleError if it does not start, or another kernel runs than is meant."""
-    configuration, log = CONFIGURATIONS[name], folder / f"{name}.log"
-    arguments = {"model": str(checkpoint), **engine, **configuration.options}
-    worker = Worker("engine_worker", arguments, configuration.environment, log)
+    environment, log = configuration_of(plan.name).environment, folder / f"{plan.name}.log"
+    worker = Worker("engine_worker", plan.arguments, environment, log)
     try:
-        check_log(name, log)
+        check_log(plan.name, log)
     except IntScaleError:
         worker.close()
         raise
     return worker
-
-
-def check_log(name: str, log: Path) -> None:
-    """Raise IntScaleError if it does not show that the configuration's kernel runs."""
-    pattern = CONFIGURATIONS[name].log
-    if not re.search(pattern, log.read_text()):
-        raise IntScaleError(
-            f"{name}: its log does not say {pattern!r}, so that another kernel may run; see {log}"
-        )
-
-
-def memory_of(model: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    """Options of an engine that leaves memory to others: a KV cache for so many tokens."""
-    heads = model["num_key_value_heads"], model["hidden_size"] // model["num_attention_heads"]
-    size = 2 * torch.bfloat16.itemsize * model["num_hidden_layers"] * heads[0] * heads[1]
-    return {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": tokens * size}
 
 
 def agreeing(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:

@@ -37,6 +37,7 @@ def print_tables(rows: Sequence[Row], console: Console | None = None) -> None:
     """One for each figure: configurations by batch, then what failed and why."""
     console = console or Console(width=WIDE, highlight=False)
     kept = agreeing(rows)
+    alone = [r for r in rows if r.found and not r.control and r.what != "serve"]
     doubtful = [r for r in rows if r.control and r not in kept[r.what, r.batch]]
     for what, figure, title, factor, text in FIGURES:
         asked = [row for row in rows if row.what == what and row.found]
@@ -52,12 +53,14 @@ def print_tables(rows: Sequence[Row], console: Console | None = None) -> None:
             for batch in batches:
                 row = next((r for r in asked if (r.configuration, r.batch) == (name, batch)), None)
                 value = (row.found or {}).get(figure) if row else None
-                sure = "?" if row in doubtful else ""
-                cells.append(text.format(value * factor) + sure if value else "")
+                mark = "?" if row in doubtful else "*" if row in alone else ""
+                cells.append(text.format(value * factor) + mark if value else "")
             table.add_row(name, *cells, style="bold" if name == OURS else None)
         console.print(table)
     if doubtful:
         console.print(f"? the control beside it was off by more than {TOLERANCE:.0%}")
+    if alone:
+        console.print("* alone: there was no room for the control beside it")
     for row in rows:
         if row.error:
             console.print(f"{row.configuration}: {row.error}", markup=False, soft_wrap=True)

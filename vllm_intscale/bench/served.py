@@ -15,20 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vllm_intscale.bench.engine_worker import GROUP_SCALES
-from vllm_intscale.bench.serve import (
+from vllm_intscale.bench.configurations import (
     AT_ONCE,
-    CONFIGURATIONS,
-    Row,
-    Worker,
+    Plan,
     check_log,
-    checkpoint_of,
-    closing_all,
+    configuration_of,
+    gpu_bytes,
     groups_of,
-    last_line,
-    memory_of,
-    ready,
+    plan,
 )
+from vllm_intscale.bench.engine_worker import GROUP_SCALES
+from vllm_intscale.bench.serve import Row, Worker, closing_all, last_line, ready
 from vllm_intscale.errors import IntScaleError
 
 PROMPT, ANSWER = 512, 128  # tokens
@@ -59,20 +56,18 @@ def run(
     """
     most = 2 * (PROMPT + ANSWER)  # tokens of a request: the client's prompts are not quite exact
     cache = max(most, (PROMPT + ANSWER + 32) * max(concurrencies))
-    options = {"max_model_len": most, **memory_of(model, cache), **engine}
     # `engine_worker` alone can run the others.
-    names = [n for n in configurations if GROUP_SCALES not in CONFIGURATIONS[n].environment]
+    plans = [
+        plan(name, model, folder, cache, {"max_model_len": most, **engine})
+        for name in configurations
+        if GROUP_SCALES not in configuration_of(name).environment
+    ]
     with ThreadPoolExecutor(AT_ONCE + 1) as pool:
         client_log = folder / "client.log"
         clients = {"client": pool.submit(Worker, "client_worker", {}, {}, client_log)}
         with closing_all(clients):
-            for group in groups_of(names):
-                starting = {
-                    name: pool.submit(
-                        Server, name, checkpoint_of(name, model, folder), options, folder
-                    )
-                    for name in group
-                }
+            for group in groups_of(plans, gpu_bytes()):
+                starting = {plan.name: pool.submit(Server, plan, folder) for plan in group}
                 with closing_all(starting):
                     servers = ready(starting, on_row, "serve")
                     for client in ready(clients, on_row, "serve").values():
@@ -95,24 +90,22 @@ def _rows(
 class Server:
     """One configuration's, ready. Raises IntScaleError as `serve.check_log`, or if it ends."""
 
-    def __init__(
-        self, name: str, checkpoint: Path, options: Mapping[str, Any], folder: Path
-    ) -> None:
-        configuration, self.checkpoint = CONFIGURATIONS[name], checkpoint
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self.checkpoint = plan.arguments["model"]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        options = {"host": "127.0.0.1", "port": port, **options, **configuration.options}
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-        command += [str(checkpoint), "--no-enable-prefix-caching", *_as_options(options)]
-        log = folder / f"{name}-server.log"
+        options = {"host": "127.0.0.1", "port": port, **plan.arguments}
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--no-enable-prefix-caching", *_as_options(options)]
+        log = folder / f"{plan.name}-server.log"
         with log.open("w") as output:
-            environment = {**os.environ, **configuration.environment}
+            environment = {**os.environ, **configuration_of(plan.name).environment}
             self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         self.url = f"http://127.0.0.1:{port}"
         try:
             self._wait(log)
-            check_log(name, log)
+            check_log(plan.name, log)
         except BaseException:
             self.close()
             raise

@@ -1,0 +1,153 @@
+"""What `intscale bench serve` runs: vLLM's quantizations by name, on one GPU or several."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from vllm_intscale.bench.engine_worker import GROUP_SCALES
+from vllm_intscale.bench.random_checkpoint import write_random
+from vllm_intscale.errors import IntScaleError
+
+AT_ONCE = 2  # beside the control: more would only wait
+# Bytes that an engine takes beside weights and cache: 5.5 GiB were seen (Mixtral-8x7B, batches of
+# 16384 tokens, H100).
+OTHER_BYTES = 6 << 30
+TP, PP = "tensor_parallel_size", "pipeline_parallel_size"
+
+
+class Configuration(NamedTuple):
+    """How vLLM runs a model: the checkpoint's format, engine options and environment.
+
+    log: what the log says if the kernel that is meant runs, a regular expression.
+    """
+
+    format: str
+    log: str
+    options: Mapping[str, Any] = {}
+    environment: Mapping[str, str] = {}
+
+
+CONFIGURATIONS = {
+    "intscale": Configuration("intscale", r"\d+ on sm\d+_w4a8_gemm"),
+    "bf16": Configuration("bf16", ""),
+    "fp8": Configuration("fp8", "Cutlass\\w*FP8"),
+    "machete_w4a16": Configuration("w4a16", "Machete"),
+    "w8a8_int8": Configuration("w8a8_int8", "Cutlass\\w*Int8"),
+    "marlin_w4a16": Configuration("gptq", "Marlin", {"linear_backend": "marlin"}),
+    "marlin_w4a8_int8": Configuration(
+        *("gptq", "Marlin", {"linear_backend": "marlin"}, {"VLLM_MARLIN_INPUT_DTYPE": "int8"})
+    ),
+    "w4a8_fp8": Configuration("w4a8_fp8", "CutlassW4A8"),
+    "humming_w4a8_int8": Configuration(
+        *("gptq", "(?i)humming", {"quantization": "humming"}),
+        {"VLLM_HUMMING_INPUT_QUANT_CONFIG": '{"dtype":"int8"}'},
+    ),
+    "intscale_unfused": Configuration(
+        "intscale", r"\d+ on sm\d+_w4a8_gemm", {}, {"INTSCALE_FUSE": "0"}
+    ),
+    **{
+        f"intscale_{kind}_scale": Configuration(
+            *("intscale", "accumulate form", {}),
+            {"INTSCALE_FORM": "accumulate", GROUP_SCALES: kind},
+        )
+        for kind in ("integer", "float")
+    },
+}
+
+ON_GPUS = re.compile(r"(\w+)_(tp|pp|ep)([1-9]\d*)")
+
+
+def configuration_of(name: str) -> Configuration:
+    """One of CONFIGURATIONS; or NAME_tp2, NAME_pp2, NAME_ep2: that on two GPUs, or so many.
+
+    They share each tensor, the layers, or the experts and all other tensors. Raises IntScaleError
+    for an unknown name.
+    """
+    options: dict[str, Any] = {}
+    known = name
+    if match := ON_GPUS.fullmatch(name):
+        known, kind, gpus = match.groups()
+        options = {PP if kind == "pp" else TP: int(gpus)}
+        options |= {"enable_expert_parallel": True} if kind == "ep" else {}
+    if known not in CONFIGURATIONS:
+        names = ", ".join(CONFIGURATIONS)
+        raise IntScaleError(
+            f"configuration {name!r} is unknown; there are {names}, and each of them on N GPUs as "
+            "NAME_tpN, NAME_ppN or NAME_epN"
+        )
+    found = CONFIGURATIONS[known]
+    return found._replace(options={**found.options, **options})
+
+
+class Plan(NamedTuple):
+    """A configuration to be run: its checkpoint and all arguments of vllm.LLM."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+    @property
+    def bytes_needed(self) -> float:
+        """Of each of its GPUs."""
+        files = Path(self.arguments["model"]).glob("*.safetensors")
+        weights = sum(file.stat().st_size for file in files) / gpus_of(self.arguments)
+        return weights + float(self.arguments["kv_cache_memory_bytes"]) + OTHER_BYTES
+
+
+def plan(
+    name: str, model: Mapping[str, Any], folder: Path, tokens: int, engine: Mapping[str, Any]
+) -> Plan:
+    """Write the checkpoint if it is not there; ask for a KV cache of so many tokens, no more.
+
+    model: config.json of `random_checkpoint`. engine: more arguments of vllm.LLM.
+    """
+    configuration = configuration_of(name)
+    checkpoint = folder / configuration.format
+    if not checkpoint.exists():
+        write_random(model, checkpoint, configuration.format)
+        torch.cuda.empty_cache()  # it was made there
+    heads = model["num_key_value_heads"], model["hidden_size"] // model["num_attention_heads"]
+    size = 2 * torch.bfloat16.itemsize * model["num_hidden_layers"] * heads[0] * heads[1]
+    arguments = {"model": str(checkpoint), **engine, **configuration.options}
+    cache = tokens * size // gpus_of(arguments)
+    return Plan(name, {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache, **arguments})
+
+
+def gpus_of(arguments: Mapping[str, Any]) -> int:
+    """On how many GPUs an engine runs."""
+    return int(arguments.get(TP, 1) * arguments.get(PP, 1))
+
+
+def gpu_bytes() -> float:
+    """Of memory, of the smallest GPU; without one there is no limit."""
+    gpus = range(torch.cuda.device_count())
+    return min((torch.cuda.get_device_properties(i).total_memory for i in gpus), default=math.inf)
+
+
+def groups_of(plans: Iterable[Plan], room: float) -> list[list[Plan]]:
+    """Those that run at once, in their order: AT_ONCE at most that need no more bytes than `room`.
+
+    One that needs more is a group of its own.
+    """
+    groups: list[list[Plan]] = []
+    for plan in plans:
+        group = [*groups[-1], plan] if groups else []
+        if group and len(group) <= AT_ONCE and sum(p.bytes_needed for p in group) <= room:
+            groups[-1] = group
+        else:
+            groups.append([plan])
+    return groups
+
+
+def check_log(name: str, log: Path) -> None:
+    """Raise IntScaleError if it does not show that the configuration's kernel runs."""
+    pattern = configuration_of(name).log
+    if not re.search(pattern, log.read_text()):
+        raise IntScaleError(
+            f"{name}: its log does not say {pattern!r}, so that another kernel may run; see {log}"
+        )
