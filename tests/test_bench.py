@@ -20,6 +20,7 @@ from vllm_intscale import cli
 from vllm_intscale.bench import (
     arguments,
     gemm,
+    launches,
     peers,
     report,
     timing,
@@ -323,3 +324,18 @@ def test_command(
     assert places[3:] == [("3x128", "intscale"), ("3x128", "bf16")]
     assert summary["metadata"]["tokens"] == [16]
     assert report.TITLES["linear"] in printed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_host_time_of_each_operator(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launches, "CALLS", 3)
+    launches.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [name for _, name in lines][:2] == [
+        "intscale.quantize_activation",
+        "intscale.norm_quantize",
+    ]
+    assert all(float(us) > 0 for us, _ in lines)

@@ -131,7 +131,7 @@ class FakeWorker:
     """Says which of them were running when it was asked."""
 
     running: set[str] = set()
-    facts = {"weights_gib": 1.0}
+    facts = {"weights_gib": 1.25, "load_seconds": 30.4}
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.name = plan.name
@@ -156,7 +156,7 @@ def test_a_control_runs_where_it_has_room(
     monkeypatch.setattr(serve, "gpu_bytes", lambda: sizes["intscale"] + sizes["fp8"])
     rows: list[Row] = []
     names = ["bf16", "fp8", "intscale"]
-    serve.run(SMALL, names, [1], tmp_path, rows.append, {}, "intscale")
+    facts = serve.run(SMALL, names, [1], tmp_path, rows.append, {}, "intscale")
     assert not FakeWorker.running
     together = ["fp8", "intscale"]
     assert [(r.configuration, r.what, (r.found or {})["running"]) for r in rows] == [
@@ -165,9 +165,10 @@ def test_a_control_runs_where_it_has_room(
         *(("bf16", "prefill", ["bf16"]), ("bf16", "decode", ["bf16"])),
     ]
     assert [bool(row.control) for row in rows] == [True] * 4 + [False] * 2
-    serve_report.print_tables(rows)
+    serve_report.print_tables(rows, facts)
     printed = capsys.readouterr().out
     assert re.search(r"bf16 +10.000\*", printed) and re.search(r"fp8 +10.000 *\n", printed)
+    assert all(re.search(rf"{name} +1.2 +30 ", printed) for name in names)
     assert "* alone: there was no room for the control beside it" in printed
 
 

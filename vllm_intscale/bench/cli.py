@@ -159,7 +159,7 @@ def bench_serve(
         facts = serve.run(shape, names, sizes, folder, on_row, arguments, control)
         if concurrencies:
             served.run(shape, names, concurrencies, folder, on_row, arguments)
-    serve_report.print_tables(rows)
+    serve_report.print_tables(rows, facts)
     if plot:
         serve_report.plot(rows, plot)
     print(json.dumps(serve_report.summary(rows, model=model, engines=facts)))

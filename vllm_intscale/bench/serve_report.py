@@ -33,9 +33,9 @@ FIGURES = (
 )
 
 
-def print_tables(rows: Sequence[Row], console: Console | None = None) -> None:
-    """One for each figure: configurations by batch, then what failed and why."""
-    console = console or Console(width=WIDE, highlight=False)
+def print_tables(rows: Sequence[Row], engines: Mapping[str, Mapping[str, float]]) -> None:
+    """One for each figure: configurations by batch; of `engines`, facts of each engine; errors."""
+    console = Console(width=WIDE, highlight=False)
     kept = agreeing(rows)
     alone = [r for r in rows if r.found and not r.control and r.what != "serve"]
     doubtful = [r for r in rows if r.control and r not in kept[r.what, r.batch]]
@@ -55,8 +55,13 @@ def print_tables(rows: Sequence[Row], console: Console | None = None) -> None:
                 value = (row.found or {}).get(figure) if row else None
                 mark = "?" if row in doubtful else "*" if row in alone else ""
                 cells.append(text.format(value * factor) + mark if value else "")
-            table.add_row(name, *cells, style="bold" if name == OURS else None)
+            table.add_row(name, *cells, style=_style(name))
         console.print(table)
+    table = Table("", "GiB of weights", "seconds to start", box=SIMPLE)
+    for name, facts in engines.items():
+        weights, seconds = facts["weights_gib"], facts["load_seconds"]
+        table.add_row(name, f"{weights:.1f}", f"{seconds:.0f}", style=_style(name))
+    console.print(table)
     if doubtful:
         console.print(f"? the control beside it was off by more than {TOLERANCE:.0%}")
     if alone:
@@ -64,6 +69,10 @@ def print_tables(rows: Sequence[Row], console: Console | None = None) -> None:
     for row in rows:
         if row.error:
             console.print(f"{row.configuration}: {row.error}", markup=False, soft_wrap=True)
+
+
+def _style(name: str) -> str | None:
+    return "bold" if name == OURS else None
 
 
 def summary(rows: Sequence[Row], **context: Any) -> dict[str, Any]:
