@@ -282,8 +282,8 @@ def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options() -> None:
     assert gemm.parse_shapes(["o,128x256", "o"]) == {"o": (4096, 4096), "128x256": (128, 256)}
     assert gemm.parse_shapes([]) == gemm.SHAPES
-    assert arguments.parse_tokens(["64,1", "8"], gemm.TOKENS) == [1, 8, 64]
-    assert arguments.parse_tokens([], gemm.TOKENS) == sorted(gemm.TOKENS)
+    assert arguments.parse_numbers("--tokens", ["64,1", "8"], gemm.TOKENS) == [1, 8, 64]
+    assert arguments.parse_numbers("--tokens", [], gemm.TOKENS) == sorted(gemm.TOKENS)
     assert arguments.parse_kernels(["bf16,intscale"], peers.PEERS) == ["bf16", "intscale"]
     assert arguments.parse_kernels([], peers.PEERS) == list(peers.PEERS)
 

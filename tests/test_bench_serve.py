@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def test_configurations_on_several_gpus(tmp_path: Path) -> None:
         for name in ("marlin_w4a16_tp2", "w4a8_fp8_pp4", "intscale_ep2", "w4a8_fp8")
     }
     assert options == {
-        "marlin_w4a16_tp2": {"linear_backend": "marlin", "tensor_parallel_size": 2},
+        "marlin_w4a16_tp2": {**configurations.MARLIN, "tensor_parallel_size": 2},
         "w4a8_fp8_pp4": {"pipeline_parallel_size": 4},
         "intscale_ep2": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
         "w4a8_fp8": {},
@@ -107,10 +108,80 @@ def test_configurations_on_several_gpus(tmp_path: Path) -> None:
         with pytest.raises(IntScaleError, match=f"'{name}' is unknown; .* on N GPUs as NAME_tpN"):
             configurations.configuration_of(name)
 
+    with pytest.raises(IntScaleError, match="intscale_float_scale runs in one process, on one GPU"):
+        configurations.configuration_of("intscale_float_scale_tp2")
+
     one, two = (configurations.plan(n, SMALL, tmp_path, 100, {}) for n in ("bf16", "bf16_tp2"))
     assert one.arguments["kv_cache_memory_bytes"] == 100 * 2 * 2 * 2 * (2 * 64)  # bf16, k and v
     own = [plan.bytes_needed - configurations.OTHER_BYTES for plan in (one, two)]
     assert own[0] == 2 * own[1] > 1e6
+
+
+def test_an_unfinished_checkpoint_is_written_again(tmp_path: Path) -> None:
+    """And a finished one is not."""
+    (tmp_path / "fp8.partial").mkdir()
+    for _ in range(2):
+        configurations.plan("fp8", SMALL, tmp_path, 100, {})
+        assert [path.name for path in tmp_path.iterdir()] == ["fp8"]
+        (tmp_path / "fp8" / "config.json").unlink(missing_ok=True)
+    assert not (tmp_path / "fp8" / "config.json").exists()
+
+
+def test_logs_stay_if_there_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which say where they are; checkpoints do not stay, nor a plot of nothing."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    experts = SMALL | {"num_local_experts": 2, "model_type": "mixtral"}
+    monkeypatch.setitem(random_checkpoint.MODELS, "small", experts)
+    monkeypatch.setattr(serve, "_start", FakeWorker)
+    command = ["intscale", "bench", "serve", "--model", "small", "--control", "bf16"]
+    command += ["--plot", str(tmp_path / "plot.png"), "--configurations"]
+    for names, errors in (("machete_w4a16,intscale_float_scale", 2), ("bf16", 0)):
+        monkeypatch.setattr(sys, "argv", [*command, names])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+        rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+        found = [row["error"] for row in rows if row["error"]]
+        assert all("it has no kernel for experts" in error for error in found)
+        assert len(found) == errors
+        assert [p.name for p in tmp_path.glob("intscale-bench-*/*")] == (
+            ["small"] if errors else []
+        )
+        assert not list(tmp_path.glob("intscale-bench-*/small/*"))
+        assert (tmp_path / "plot.png").exists() == (not errors)
+        for folder in tmp_path.glob("intscale-bench-*"):
+            shutil.rmtree(folder)
+
+
+def test_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps by the same clock; nothing whose control was off; who is only served is named, too."""
+    drawn: dict[str, Any] = {}
+
+    def savefig(figure: Any, path: Path, dpi: int) -> None:
+        (legend,) = figure.legends
+        drawn["legend"] = sorted(text.get_text() for text in legend.get_texts())
+        for axes in figure.axes:
+            lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+            drawn[axes.get_ylabel()] = lines
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    wall, busy = {**STEP, "step_ms": 5.0}, {**STEP, "step_ms": 5.0, "gpu_step_ms": 4.0}
+    off = {**STEP, "tokens_per_second": 50.0}
+    rows = [Row("a", "decode", 1, busy, STEP), Row("c", "decode", 1, busy, off)]
+    rows += [Row("a", "decode", 16, busy, None), Row("b", "serve", 1, {"p99_tpot_ms": 3.0}, None)]
+    serve_report.plot(rows, tmp_path / "plot.png")
+    assert drawn["legend"] == ["a", "b"]
+    assert drawn["milliseconds of a step that the GPU is busy"] == {"a": [4.0, 4.0]}
+    serve_report.plot([*rows, Row("d", "decode", 1, wall, STEP)], tmp_path / "plot.png")
+    assert drawn["milliseconds of a step"] == {"a": [5.0, 5.0], "d": [5.0]}
+
+
+def test_options_of_the_server() -> None:
+    arguments = {"a_b": True, "c_d": False, "e": None, "f": [1, 2], "g": {"h": 1}, "i": "j"}
+    options = ["--a-b", "--no-c-d", "--f", "1", "2", "--g", '{"h": 1}', "--i", "j"]
+    assert served._as_options(arguments) == options
 
 
 def test_configurations_at_once(tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ def parse_kernels(values: Iterable[str], known: Collection[str]) -> list[str]:
     return names or list(known)
 
 
-def parse_tokens(values: Iterable[str], default: Sequence[int]) -> list[int]:
-    """Numbers of tokens separated by commas, sorted; none means the default."""
+def parse_numbers(option: str, values: Iterable[str], default: Sequence[int]) -> list[int]:
+    """From 1, separated by commas, sorted; none means the default. Errors name the option."""
     names = parse_names(values)
     if wrong := [name for name in names if not name.isdecimal() or int(name) < 1]:
-        raise IntScaleError(f"--tokens {', '.join(wrong)}: whole numbers from 1 are needed")
+        raise IntScaleError(f"{option} {', '.join(wrong)}: whole numbers from 1 are needed")
     return sorted({int(name) for name in names} or set(default))
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,9 +16,12 @@ from vllm_intscale.bench.arguments import (
     parse_json_object,
     parse_kernels,
     parse_names,
-    parse_tokens,
+    parse_numbers,
 )
 from vllm_intscale.errors import IntScaleError
+
+if TYPE_CHECKING:
+    from vllm_intscale.bench.serve import Row
 
 bench = typer.Typer(help="Time kernels on this machine's GPU.", no_args_is_help=True)
 BenchKernels = Annotated[
@@ -56,7 +61,8 @@ def bench_gemm(
     from vllm_intscale.bench.peers import PEERS
 
     shapes = gemm.parse_shapes(shape or ())
-    chosen, sizes = parse_kernels(kernels or (), PEERS), parse_tokens(tokens or (), gemm.TOKENS)
+    chosen = parse_kernels(kernels or (), PEERS)
+    sizes = parse_numbers("--tokens", tokens or (), gemm.TOKENS)
     _run_benchmark("gemm", shapes, sizes, chosen, out, plot)
 
 
@@ -87,7 +93,7 @@ def bench_moe(
 
     shapes = moe.parse_sizes(shape or ())
     chosen = parse_kernels(kernels or (), PEERS)
-    sizes = parse_tokens(tokens or (), moe.TOKENS)
+    sizes = parse_numbers("--tokens", tokens or (), moe.TOKENS)
     _run_benchmark("moe", shapes, sizes, chosen, out, plot)
 
 
@@ -122,7 +128,9 @@ def bench_serve(
     engine: Annotated[
         str, typer.Option(metavar="JSON", help="More arguments of vllm.LLM, for all.")
     ] = "{}",
-    out: Annotated[Path | None, typer.Option(help="Folder of checkpoints and logs, kept.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Checkpoints and logs go to OUT/MODEL, and stay.")
+    ] = None,
     plot: BenchPlot = None,
 ) -> None:
     """A whole model in vLLM's engine, in every quantization that vLLM offers.
@@ -140,8 +148,8 @@ def bench_serve(
     if plot:
         report.import_pyplot()  # an error now, not after the work
     names = parse_names(configurations or ()) or list(CONFIGURATIONS)
-    sizes, shape = parse_tokens(batches or (), serve.BATCHES), model_of(model)
-    concurrencies = parse_tokens(concurrency or (), ())
+    sizes, shape = parse_numbers("--batches", batches or (), serve.BATCHES), model_of(model)
+    concurrencies = parse_numbers("--concurrency", concurrency or (), ())
     arguments = parse_json_object("--engine", engine)
     for name in (*names, control):
         configuration_of(name)  # an error now if it is unknown
@@ -153,9 +161,7 @@ def bench_serve(
         said = row.error or f"{row.found}{beside}"
         typer.echo(f"{row.configuration} {row.what} {row.batch}: {said}", err=True)
 
-    with TemporaryDirectory() as temporary:
-        folder = out or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with _folder_of(model, out, rows) as folder:
         facts = serve.run(shape, names, sizes, folder, on_row, arguments, control)
         if concurrencies:
             served.run(shape, names, concurrencies, folder, on_row, arguments)
@@ -163,6 +169,26 @@ def bench_serve(
     if plot:
         serve_report.plot(rows, plot)
     print(json.dumps(serve_report.summary(rows, model=model, engines=facts)))
+
+
+@contextmanager
+def _folder_of(model: str, out: Path | None, rows: Sequence[Row]) -> Iterator[Path]:
+    """Of a model's checkpoints and logs; without `out` what stays is the logs, if errors name them.
+
+    rows: those found, at the end.
+    """
+    folder = (out or Path(mkdtemp(prefix="intscale-bench-"))) / model
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = True
+    try:
+        yield folder
+        failed = any(row.error for row in rows)
+    finally:
+        if not out:
+            for checkpoint in (path for path in folder.iterdir() if path.is_dir()):
+                shutil.rmtree(checkpoint)
+            if not failed:
+                shutil.rmtree(folder.parent)
 
 
 def _run_benchmark(

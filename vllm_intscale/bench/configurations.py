@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,28 +25,30 @@ TP, PP = "tensor_parallel_size", "pipeline_parallel_size"
 class Configuration(NamedTuple):
     """How vLLM runs a model: the checkpoint's format, engine options and environment.
 
-    log: what the log says if the kernel that is meant runs, a regular expression.
+    log: what the log says if dense layers get the kernel that is meant, a regular expression.
     """
 
     format: str
     log: str
     options: Mapping[str, Any] = {}
     environment: Mapping[str, str] = {}
+    for_experts: bool = True
 
 
+MARLIN = {"linear_backend": "marlin", "moe_backend": "marlin"}
 CONFIGURATIONS = {
     "intscale": Configuration("intscale", r"\d+ on sm\d+_w4a8_gemm"),
     "bf16": Configuration("bf16", ""),
     "fp8": Configuration("fp8", "Cutlass\\w*FP8"),
-    "machete_w4a16": Configuration("w4a16", "Machete"),
+    "machete_w4a16": Configuration("w4a16", "Machete", for_experts=False),
     "w8a8_int8": Configuration("w8a8_int8", "Cutlass\\w*Int8"),
-    "marlin_w4a16": Configuration("gptq", "Marlin", {"linear_backend": "marlin"}),
+    "marlin_w4a16": Configuration("gptq", "Marlin", MARLIN),
     "marlin_w4a8_int8": Configuration(
-        *("gptq", "Marlin", {"linear_backend": "marlin"}, {"VLLM_MARLIN_INPUT_DTYPE": "int8"})
+        *("gptq", "Marlin", MARLIN, {"VLLM_MARLIN_INPUT_DTYPE": "int8"})
     ),
     "w4a8_fp8": Configuration("w4a8_fp8", "CutlassW4A8"),
     "humming_w4a8_int8": Configuration(
-        *("gptq", "(?i)humming", {"quantization": "humming"}),
+        *("gptq", "quantization=humming", {"quantization": "humming"}),  # all its layers
         {"VLLM_HUMMING_INPUT_QUANT_CONFIG": '{"dtype":"int8"}'},
     ),
     "intscale_unfused": Configuration(
@@ -53,8 +56,9 @@ CONFIGURATIONS = {
     ),
     **{
         f"intscale_{kind}_scale": Configuration(
-            *("intscale", "accumulate form", {}),
+            *("intscale", rf"group scales: {kind}\n(?s:.*)wgmma, accumulate form", {}),
             {"INTSCALE_FORM": "accumulate", GROUP_SCALES: kind},
+            for_experts=False,
         )
         for kind in ("integer", "float")
     },
@@ -82,6 +86,8 @@ def configuration_of(name: str) -> Configuration:
             "NAME_tpN, NAME_ppN or NAME_epN"
         )
     found = CONFIGURATIONS[known]
+    if options and GROUP_SCALES in found.environment:
+        raise IntScaleError(f"configuration {name!r}: {known} runs in one process, on one GPU")
     return found._replace(options={**found.options, **options})
 
 
@@ -102,14 +108,20 @@ class Plan(NamedTuple):
 def plan(
     name: str, model: Mapping[str, Any], folder: Path, tokens: int, engine: Mapping[str, Any]
 ) -> Plan:
-    """Write the checkpoint if it is not there; ask for a KV cache of so many tokens, no more.
+    """Write the checkpoint if it is not in `folder`; ask for a KV cache of so many tokens, no more.
 
-    model: config.json of `random_checkpoint`. engine: more arguments of vllm.LLM.
+    model: config.json of `random_checkpoint`. engine: more arguments of vllm.LLM. Raises
+    IntScaleError for a model with experts if the configuration has no kernel for them.
     """
     configuration = configuration_of(name)
+    if model.get("num_local_experts") and not configuration.for_experts:
+        raise IntScaleError(f"{name}: it has no kernel for experts")
     checkpoint = folder / configuration.format
     if not checkpoint.exists():
-        write_random(model, checkpoint, configuration.format)
+        unfinished = folder / f"{configuration.format}.partial"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write_random(model, unfinished, configuration.format)
+        unfinished.rename(checkpoint)
         torch.cuda.empty_cache()  # it was made there
     heads = model["num_key_value_heads"], model["hidden_size"] // model["num_attention_heads"]
     size = 2 * torch.bfloat16.itemsize * model["num_hidden_layers"] * heads[0] * heads[1]

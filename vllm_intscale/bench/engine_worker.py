@@ -64,7 +64,12 @@ class Engine:
         return time.perf_counter() - start
 
     def decode(self, batch: int) -> dict[str, float | None]:
-        """Milliseconds of a step: of wall time, and those in which the GPU is busy."""
+        """Milliseconds of a step: of wall time, and those in which the GPU is busy.
+
+        Raises ValueError for more requests than the engine takes at once.
+        """
+        if batch > (most := self.engine.vllm_config.scheduler_config.max_num_seqs):
+            raise ValueError(f"a batch of {batch} is more than max_num_seqs, which is {most}")
         sampling = self.sampling(
             max_tokens=ANSWER, ignore_eos=True, temperature=0, detokenize=False
         )
@@ -96,6 +101,7 @@ class Engine:
         """Seconds of a step, of so many."""
         start, tokens = time.perf_counter(), 0
         while tokens < steps * batch:
+            assert self.engine.has_unfinished_requests()
             tokens += sum(len(output.outputs[0].token_ids) for output in self.engine.step())
         return (time.perf_counter() - start) * batch / tokens
 
@@ -135,6 +141,7 @@ def _apply_group_scales(kind: str) -> None:
     """On the partial sums of each group as "integer" or "float", in one and the same kernel."""
     from vllm_intscale import sm90_gemm
 
+    print(f"group scales: {kind}", flush=True)
     module: Any = sm90_gemm
     gemm = module.gemm
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from vllm_intscale.bench.configurations import (
     groups_of,
     plan,
 )
-from vllm_intscale.bench.engine_worker import ANSWER, PROMPT
+from vllm_intscale.bench.engine_worker import ANSWER, LONG_PROMPT, PROMPT
 from vllm_intscale.errors import IntScaleError
 
 TOLERANCE = 0.02  # of the control's answers, between the rows that are compared
@@ -36,9 +37,7 @@ PREFILL_PROMPTS = 16
 BATCHES = (1, 16, 64, 256)
 MAX_LEN = 4096
 CACHE_TOKENS = 5120  # at least, of each engine
-# Nobody here asks for other batches; users have more of these, which takes longer to start.
-GRAPHS = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}
-ENGINE = {"max_model_len": MAX_LEN, "enable_prefix_caching": False, "compilation_config": GRAPHS}
+GRAPHS = 1, 2, 4, 8, 16, 32, 64, 128, 256  # and batches; users have more: longer to start
 
 
 class Row(NamedTuple):
@@ -105,7 +104,7 @@ class Worker:
     def _ended(self) -> IntScaleError:
         code = self.process.wait()
         return IntScaleError(
-            f"its process ended with code {code}: {last_line(self.log)}; see {self.log}"
+            f"its process ended with code {code}: {last_error(self.log)}; see {self.log}"
         )
 
     def close(self) -> None:
@@ -113,9 +112,11 @@ class Worker:
         self.process.communicate()
 
 
-def last_line(log: Path) -> str:
-    """That is not empty."""
-    return next((t for t in reversed(log.read_text().splitlines()) if t.strip()), "")
+def last_error(log: Path) -> str:
+    """The last line of an exception, after which vLLM may go on; or that of the log."""
+    lines = [line for line in log.read_text().splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"\w(Error|Exception): ", line)]
+    return (errors or lines or [""])[-1]
 
 
 def run(
@@ -137,16 +138,22 @@ def run(
     Raises IntScaleError if the control fails; what fails otherwise is a row's error.
     """
     tokens = max(CACHE_TOKENS, max(batches) * (PROMPT + ANSWER))
-    plans = {
-        name: plan(name, model, folder, tokens, {**ENGINE, **engine})
-        for name in (control_name, *configurations)
+    questions = [("prefill", min(PREFILL_PROMPTS, tokens // LONG_PROMPT))]
+    questions += [("decode", batch) for batch in batches]
+    arguments = {
+        "max_model_len": MAX_LEN,
+        "enable_prefix_caching": False,
+        "compilation_config": {"cudagraph_capture_sizes": sorted({*GRAPHS, *batches})},
+        **engine,
     }
-    control = plans.pop(control_name)
+    control = plan(control_name, model, folder, tokens, arguments)
+    others = [name for name in configurations if name != control_name]
+    plans = plans_of(others, model, folder, tokens, arguments, on_row)
     room = gpu_bytes() - control.bytes_needed
-    beside = groups_of([p for p in plans.values() if p.bytes_needed <= room], room)
+    beside = groups_of([p for p in plans if p.bytes_needed <= room], room)
     if not beside and control_name in configurations:
         beside = [[]]
-    alone = [p for p in plans.values() if p.bytes_needed > room]
+    alone = [p for p in plans if p.bytes_needed > room]
     facts: dict[str, dict[str, Any]] = {}
     wanted = set(configurations)
     with ThreadPoolExecutor(AT_ONCE + 1) as pool:
@@ -156,7 +163,7 @@ def run(
 
         def time_rows(workers: dict[str, Worker], control: Worker | None) -> None:
             facts.update({name: worker.facts for name, worker in workers.items()})
-            for row in _rows(workers, control, batches):
+            for row in _rows(workers, control, questions):
                 if row.configuration in wanted:
                     on_row(row)
 
@@ -170,6 +177,24 @@ def run(
             with closing_all(start([large])) as started:
                 time_rows(ready(started, on_row, "start"), None)
     return facts
+
+
+def plans_of(
+    names: Iterable[str],
+    model: Mapping[str, Any],
+    folder: Path,
+    tokens: int,
+    engine: Mapping[str, Any],
+    on_row: Callable[[Row], None],
+) -> list[Plan]:
+    """`plan` of each; a row for each of those that cannot be planned."""
+    plans = []
+    for name in names:
+        try:
+            plans.append(plan(name, model, folder, tokens, engine))
+        except IntScaleError as error:
+            on_row(Row(name, "start", 0, None, None, str(error)))
+    return plans
 
 
 class Closable(Protocol):
@@ -204,10 +229,9 @@ def ready(
 
 
 def _rows(
-    workers: Mapping[str, Worker], control: Worker | None, batches: Iterable[int]
+    workers: Mapping[str, Worker], control: Worker | None, questions: Iterable[tuple[str, int]]
 ) -> Iterator[Row]:
     """One configuration after the other for each question, after each the control."""
-    questions = [("prefill", PREFILL_PROMPTS), *(("decode", batch) for batch in batches)]
     failed = set()
     for what, number in questions:
         for name, worker in workers.items():

@@ -81,13 +81,24 @@ def summary(rows: Sequence[Row], **context: Any) -> dict[str, Any]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Of every configuration: a step over the batch; what is served over requests at a time."""
+    """Of every configuration: a step over the batch; what is served over requests at a time.
+
+    The time that the GPU is busy if it is known of all, else wall time. Rows beside a control that
+    was off are left out. Writes nothing if there are no others.
+    """
+    kept = agreeing(rows)
+    rows = [r for r in rows if r.found and (not r.control or r in kept[r.what, r.batch])]
+    steps = [r.found for r in rows if r.what == "decode" and r.found]
+    step = "gpu_step_ms" if all(found["gpu_step_ms"] for found in steps) else "step_ms"
+    label = "milliseconds of a step" + (" that the GPU is busy" if step != "step_ms" else "")
     panels = [
-        ("decode", _step, "milliseconds a step"),
+        ("decode", _figure(step), label),
         ("serve", _figure("output_tokens_per_second"), "tokens a second"),
         ("serve", _figure("p99_tpot_ms"), "milliseconds a token, 99 % below"),
     ]
-    panels = [panel for panel in panels if any(r.what == panel[0] and r.found for r in rows)]
+    panels = [panel for panel in panels if any(r.what == panel[0] for r in rows)]
+    if not panels:
+        return
     pyplot = import_pyplot()
     figure, grid = pyplot.subplots(
         1, len(panels), figsize=(2 + 4.5 * len(panels), 5), squeeze=False, layout="constrained"
@@ -96,30 +107,26 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for axes, (what, value, label) in zip(grid[0], panels, strict=True):
         for i, name in enumerate(names):
             chosen = [r for r in rows if r.configuration == name and r.what == what]
-            points = sorted((r.batch, value(r.found)) for r in chosen if r.found)
+            points = sorted((r.batch, value(r.found or {})) for r in chosen)
             if points:
                 ours = {"color": "black", "linewidth": 2.5, "zorder": 3}
                 other = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
                 style = ours if name == OURS else other
                 axes.plot(*zip(*points, strict=True), marker="o", label=name, **style)
-        counts = sorted({r.batch for r in rows if r.what == what and r.found})
+        counts = sorted({r.batch for r in rows if r.what == what})
         axes.set(xlabel=COUNTED[what], ylabel=label, xscale="log")
         axes.set_xticks(counts, counts, minor=False)
         axes.set_xticks([], minor=True)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.4)
-    handles, labels = grid[0][0].get_legend_handles_labels()
+    drawn = {line.get_label(): line for axes in grid[0] for line in axes.get_lines()}
     figure.legend(
-        handles, labels, fontsize="small", ncols=2 + len(panels), loc="outside lower center"
+        handles=drawn.values(), fontsize="small", ncols=2 + len(panels), loc="outside lower center"
     )
     figure.savefig(path, dpi=120)
 
 
 Answer = Mapping[str, float | None]
-
-
-def _step(found: Answer) -> float | None:
-    return found.get("gpu_step_ms") or found.get("step_ms")
 
 
 def _figure(name: str) -> Callable[[Answer], float | None]:

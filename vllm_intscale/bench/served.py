@@ -22,10 +22,9 @@ from vllm_intscale.bench.configurations import (
     configuration_of,
     gpu_bytes,
     groups_of,
-    plan,
 )
 from vllm_intscale.bench.engine_worker import GROUP_SCALES
-from vllm_intscale.bench.serve import Row, Worker, closing_all, last_line, ready
+from vllm_intscale.bench.serve import Row, Worker, closing_all, last_error, plans_of, ready
 from vllm_intscale.errors import IntScaleError
 
 PROMPT, ANSWER = 512, 128  # tokens
@@ -57,11 +56,8 @@ def run(
     most = 2 * (PROMPT + ANSWER)  # tokens of a request: the client's prompts are not quite exact
     cache = max(most, (PROMPT + ANSWER + 32) * max(concurrencies))
     # `engine_worker` alone can run the others.
-    plans = [
-        plan(name, model, folder, cache, {"max_model_len": most, **engine})
-        for name in configurations
-        if GROUP_SCALES not in configuration_of(name).environment
-    ]
+    names = [n for n in configurations if GROUP_SCALES not in configuration_of(n).environment]
+    plans = plans_of(names, model, folder, cache, {"max_model_len": most, **engine}, on_row)
     with ThreadPoolExecutor(AT_ONCE + 1) as pool:
         client_log = folder / "client.log"
         clients = {"client": pool.submit(Worker, "client_worker", {}, {}, client_log)}
@@ -115,7 +111,7 @@ class Server:
         while True:
             if self.process.poll() is not None:
                 raise IntScaleError(
-                    f"the server ended with code {self.process.returncode}: {last_line(log)}; "
+                    f"the server ended with code {self.process.returncode}: {last_error(log)}; "
                     f"see {log}"
                 )
             try:
@@ -141,9 +137,11 @@ def _as_options(arguments: Mapping[str, Any]) -> list[str]:
     options = []
     for key, value in arguments.items():
         name = "--" + key.replace("_", "-")
-        if value is True:
-            options.append(name)
-        elif value is not False:
+        if isinstance(value, bool):
+            options.append(name if value else f"--no-{name[2:]}")
+        elif isinstance(value, list):
+            options += [name, *map(str, value)]
+        elif value is not None:
             options += [name, json.dumps(value) if isinstance(value, dict) else str(value)]
     return options
 
