@@ -9,6 +9,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from cuda.bindings import driver
 from generators import packed, routing, weight
 
 from vllm_intscale import cuda_backend, ops, reference
@@ -52,6 +53,9 @@ def main(rank: int) -> None:
     w = weight(384, 1024, 128, foldable=True)
     parts = [slice_of(w, r) for r in range(RANKS)]
     own = ops.prepare_weight(*(t.cuda() for t in packed(parts[rank])))
+    cuda_backend.warm_up(own[:2], torch.bfloat16)
+    _, _, active = driver.cuDevicePrimaryCtxGetState(1 - rank)
+    assert not active, f"rank {rank} has a context on the other GPU, which takes memory there"
     w13 = [weight(2 * INNER, HIDDEN, 128, seed=e, foldable=True) for e in range(EXPERTS)]
     w2 = [weight(HIDDEN, INNER, 128, seed=e + 99, foldable=True) for e in range(EXPERTS)]
     maps = [expert_map_of(r) for r in range(RANKS)]

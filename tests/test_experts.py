@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 pytest.importorskip("vllm")
 
 from one_rank import HIDDEN, PREFIX, Tensors, config_of, quantized, rank_of
-from vllm.config import set_current_vllm_config
+from vllm.config import get_current_vllm_config, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 from vllm_intscale.errors import IntScaleError
@@ -143,6 +145,16 @@ def test_experts_that_cannot_run(settings: dict[str, Any], ranks: int, text: str
         build_experts(config_of(), ranks, **settings)
     assert f"{PREFIX}.mlp.experts" in str(error.value)
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "experts"], ["q_proj"]])
+def test_experts_take_no_adapters(targets: list[str] | None) -> None:
+    """vLLM would give them some, with an error that names nothing."""
+    with rank_of(0, 1):
+        get_current_vllm_config().lora_config = SimpleNamespace(target_modules=targets)
+        refused = pytest.raises(IntScaleError, match=f"{PREFIX}.mlp.experts.*--lora-target-modules")
+        with nullcontext() if targets == ["q_proj"] else refused:
+            build_experts(config_of(), 1)
 
 
 def test_ignored_experts() -> None:

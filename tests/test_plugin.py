@@ -16,6 +16,7 @@ from conftest import IGNORE
 
 pytest.importorskip("vllm")
 
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers import quantization
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -156,6 +157,24 @@ def test_other_layers_keep_their_default() -> None:
     import torch
 
     assert config_of().get_quant_method(torch.nn.Embedding(2, 2), "lm_head") is None
+
+
+def test_compiled_graphs_are_of_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which vLLM's cache of them is told, if INTSCALE_FORM is set."""
+    hashes = set()
+    for form in ("", "fold", "accumulate"):
+        monkeypatch.setenv("INTSCALE_FORM", form)
+        config = VllmConfig()
+        with set_current_vllm_config(config):
+            config_of().get_quant_method(object(), "model.a")
+        assert bool(config.additional_config) == bool(form)
+        hashes.add(config.compute_hash())
+    assert len(hashes) == 3
+
+
+def test_errors_name_the_layer() -> None:
+    with pytest.raises(IntScaleError, match=r"^a\.b: no kernel$"), loading.naming("a.b"):
+        raise IntScaleError("no kernel")
 
 
 def test_names_are_mapped_and_patterns_are_not() -> None:

@@ -85,6 +85,18 @@ def test_one_nibble_counts(tmp_path: Path) -> None:
     assert changed.tolist() == [[5, 3 * 8 + 2]]
 
 
+def test_patterns_from_the_beginning_are_spelled_out(tmp_path: Path) -> None:
+    """vLLM renames a model's first parts, and cannot rename patterns."""
+    sources.save_model(tmp_path / "source", sources.dense(), hidden_size=256)
+    anchored, open_ended = r"re:model\.layers\.0\..*\.q_proj", r"re:.*\.[kv]_proj"
+    eight = {"bits": 8, "max_group_scale": 1}
+    config = CheckpointConfig(overrides={anchored: eight, open_ended: eight})
+    quantize_model(str(tmp_path / "source"), tmp_path / "out", config)
+    written = validate_checkpoint(tmp_path / "out")
+    assert written.overrides[Q] == eight
+    assert Q.replace("q_proj", "k_proj") not in written.overrides
+
+
 @pytest.mark.parametrize("pattern", ["re:.*down_proj", DOWN])
 def test_config_names_every_exception(tmp_path: Path, pattern: str) -> None:
     tensors = sources.save_model(tmp_path / "source", sources.dense(), hidden_size=256)

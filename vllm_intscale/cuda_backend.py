@@ -183,7 +183,8 @@ def warm_up(weight: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
 @cache  # layers have few sets of kernels between them
 def _load_together(needed: tuple[jit.Kernel, ...], device: int) -> None:
     jit.import_cupy()  # once, before there are threads
-    with ThreadPoolExecutor(len(needed)) as pool:  # NVRTC lets them compile side by side
+    # NVRTC lets them compile side by side; a new thread is on GPU 0, where CuPy would leave memory.
+    with ThreadPoolExecutor(len(needed), "", torch.cuda.set_device, (device,)) as pool:
         list(pool.map(lambda kernel: jit.load(kernel, device), needed))
 
 

@@ -99,16 +99,17 @@ class IntScaleLinearMethod(LinearMethodBase):  # type: ignore[misc]
         loading.check_complete(self.loads)
         tensors = {name: getattr(layer, name).data for name in TENSOR_NAMES}
         validate_layer(self.prefix, tensors, self.local_scheme, self.local_k)
-        weight = ops.prepare_weight(
-            tensors["qweight"],
-            tensors["group_scale"],
-            tensors["channel_scale"],
-            self.local_scheme.bits,
-        )
+        with loading.naming(self.prefix):
+            weight = ops.prepare_weight(
+                tensors["qweight"],
+                tensors["group_scale"],
+                tensors["channel_scale"],
+                self.local_scheme.bits,
+            )
+            loading.warm_up(weight[:2], layer.params_dtype)
         # Always plain parameters: torch.compile does not trace vLLM's parameter classes.
         for name, tensor in zip(TENSOR_NAMES, weight, strict=True):
             replace_parameter(layer, name, tensor)
-        loading.warm_up(weight[:2], layer.params_dtype)
         self.report.ready(self.prefix, ops.describe(*weight[:2]))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ point is the same, sharding over ranks included.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def convert_while_loading(model: str, folder: Path) -> None:
             quantized = sum(m.scheme is not None for m in plan.matrices)
             method = plan.config.source.get("method", "rounded to nearest")
             logger.info("intscale: %d matrices of %s are %s", quantized, plan.folder, method)
+            self.counter_before_loading_weights = time.perf_counter()  # vLLM logs how long it took
             yield from read_quantized(plan)
             for other in getattr(model, "secondary_weights", ()):
                 yield from self._get_weights_iterator(other)

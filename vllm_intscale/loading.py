@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
@@ -21,6 +23,15 @@ logger = init_logger("vllm.intscale")
 
 # What a tensor holds until it is loaded: neither scale passes `format.validate_layer`.
 BLANK = {"qweight": 0, "group_scale": torch.iinfo(torch.int16).min, "channel_scale": torch.nan}
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Errors say which layer it is."""
+    try:
+        yield
+    except IntScaleError as error:
+        raise IntScaleError(f"{layer}: {error}") from None
 
 
 def check_runnable(where: str) -> None:

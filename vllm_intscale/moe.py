@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_ep_group
 from vllm.model_executor.layers.fused_moe import (
     FusedMoEConfig,
@@ -62,6 +64,7 @@ class IntScaleMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Register the parameters. Raises IntScaleError if this rank's part cannot run."""
         loading.check_runnable(self.prefix)
         self._check_moe()
+        self._check_lora()
         hidden, inner, tp_size = hidden_size, intermediate_size_per_partition, self.moe.tp_size
         self.local_sizes = {"w13": (2 * inner, hidden), "w2": (hidden, inner)}
         self.local_schemes = {
@@ -104,6 +107,16 @@ class IntScaleMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
                     "without bias or limit; put them into ignore"
                 )
 
+    def _check_lora(self) -> None:
+        """Raise IntScaleError if vLLM is to give experts adapters."""
+        config = get_current_vllm_config_or_none()
+        lora = config.lora_config if config else None
+        if lora and "experts" in (lora.target_modules or ("experts",)):
+            raise IntScaleError(
+                f"{self.prefix}: quantized experts take no LoRA adapters; name other layers with "
+                "--lora-target-modules, such as q_proj, or serve without --enable-lora"
+            )
+
     def process_weights_after_loading(self, layer: Any) -> None:
         """As `IntScaleLinearMethod.process_weights_after_loading`."""
         if layer.w13_qweight.dim() != 3:
@@ -113,14 +126,15 @@ class IntScaleMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             tensors = {name: getattr(layer, f"{stack}_{name}").data for name in TENSOR_NAMES}
             _, k = self.local_sizes[stack]
             validate_layer(f"{self.prefix}.{stack}", tensors, scheme, k)
-            weight = ops.prepare_weight(
-                *(tensors["qweight"], tensors["group_scale"], tensors["channel_scale"]),
-                *(scheme.bits, self._on_all_ranks),
-            )
+            with loading.naming(f"{self.prefix}.{stack}"):
+                weight = ops.prepare_weight(
+                    *(tensors["qweight"], tensors["group_scale"], tensors["channel_scale"]),
+                    *(scheme.bits, self._on_all_ranks),
+                )
+                loading.warm_up(weight[:2], layer.params_dtype)
             self._check_movable(weight)
             for name, tensor in zip(TENSOR_NAMES, weight, strict=True):
                 replace_parameter(layer, f"{stack}_{name}", tensor)
-            loading.warm_up(weight[:2], layer.params_dtype)
         kernel = ops.describe(layer.w13_qweight, layer.w13_group_scale)
         if layer.w13_qweight.is_cuda and self.moe.moe_parallel_config.use_all2all_kernels:
             from vllm_intscale.modular_experts import make_kernel
@@ -141,9 +155,12 @@ class IntScaleMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Raise IntScaleError if vLLM is to move experts between ranks and could not."""
         if all(map(Tensor.numel, weight)) or not self.moe.moe_parallel_config.enable_eplb:
             return
+        why = "group scales above 1023 or negative ones beside the code -8 need the other; serve "
+        why += "without it"
+        if os.environ.get("INTSCALE_FORM") == "accumulate":
+            why = "INTSCALE_FORM is 'accumulate'; unset it"
         raise IntScaleError(
-            f"{self.prefix}: --enable-eplb moves experts of the fold form only, and group scales "
-            "above 1023 or negative ones beside the code -8 need the other; serve without it"
+            f"{self.prefix}: --enable-eplb moves experts of the fold form only, and {why}"
         )
 
     @property

@@ -23,6 +23,7 @@ from vllm_intscale.format import (
     CheckpointConfig,
     LayerScheme,
     check_agreement,
+    is_pattern,
     largest_group_size,
     matches,
 )
@@ -180,7 +181,8 @@ def decide(
     _check_quantizable(folder, matrices)
     matrices = _fit_group_sizes(matrices)
 
-    overrides = {**wanted.overrides, **_fitted_overrides(wanted, matrices)}
+    named, fitted = _named_overrides(wanted, matrices), _fitted_overrides(wanted, matrices)
+    overrides = {**wanted.overrides, **named, **fitted}
     ignore = tuple(m.layer for m in matrices if m.left and _looks_linear(m))
     config = dataclasses.replace(wanted, ignore=ignore, overrides=overrides)
     return Plan(folder, matrices, model_config, config)
@@ -324,6 +326,18 @@ def _fit_group_sizes(matrices: list[Matrix]) -> list[Matrix]:
     for name, parts in schemes.items():
         check_agreement(name, parts)
     return fitted
+
+
+def _named_overrides(
+    wanted: CheckpointConfig, matrices: Iterable[Matrix]
+) -> dict[str, Mapping[str, int]]:
+    """An entry for each layer that a pattern names from its beginning, which vLLM may rename."""
+    patterns = [p for p in wanted.overrides if is_pattern(p) and not p.startswith("re:.*")]
+    return {
+        m.layer: wanted.override_of(m.layer)
+        for m in matrices
+        if m.scheme and any(matches(pattern, m.layer) for pattern in patterns)
+    }
 
 
 def _fitted_overrides(
