@@ -108,9 +108,11 @@ def test_another_revision_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     live.convert_while_loading("some/model", PACKED / "awq")
     for revision, other in (("awq", False), ("gptq", True)):
         model = SimpleNamespace(model="some/model", revision=revision)
-        weights = Loader.get_all_weights(None, model, None)  # type: ignore[misc]
+        loader: Any = Loader()
+        weights = loader.get_all_weights(model, None)
         if not other:
             assert {"lm_head.weight"} < {name for name, _ in weights}
+            assert loader.counter_before_loading_weights > 0  # when vLLM thinks that loading began
             continue
         with pytest.raises(IntScaleError, match="--revision gptq of some/model .* serve the fold"):
             next(weights)
