@@ -111,7 +111,7 @@ def test_configurations_on_several_gpus(tmp_path: Path) -> None:
     with pytest.raises(IntScaleError, match="intscale_float_scale runs in one process, on one GPU"):
         configurations.configuration_of("intscale_float_scale_tp2")
 
-    one, two = (configurations.plan(n, SMALL, tmp_path, 100, {}) for n in ("bf16", "bf16_tp2"))
+    one, two = (configurations.plan_of(n, SMALL, tmp_path, 100, {}) for n in ("bf16", "bf16_tp2"))
     assert one.arguments["kv_cache_memory_bytes"] == 100 * 2 * 2 * 2 * (2 * 64)  # bf16, k and v
     own = [plan.bytes_needed - configurations.OTHER_BYTES for plan in (one, two)]
     assert own[0] == 2 * own[1] > 1e6
@@ -121,7 +121,7 @@ def test_an_unfinished_checkpoint_is_written_again(tmp_path: Path) -> None:
     """And a finished one is not."""
     (tmp_path / "fp8.partial").mkdir()
     for _ in range(2):
-        configurations.plan("fp8", SMALL, tmp_path, 100, {})
+        configurations.plan_of("fp8", SMALL, tmp_path, 100, {})
         assert [path.name for path in tmp_path.iterdir()] == ["fp8"]
         (tmp_path / "fp8" / "config.json").unlink(missing_ok=True)
     assert not (tmp_path / "fp8" / "config.json").exists()
@@ -221,7 +221,7 @@ def test_a_control_runs_where_it_has_room(
     """Beside all but the largest, which runs alone, after the control has ended, and is marked."""
     monkeypatch.setattr(serve, "_start", FakeWorker)
     sizes = {
-        name: configurations.plan(name, SMALL, tmp_path, 5120, {}).bytes_needed
+        name: configurations.plan_of(name, SMALL, tmp_path, 5120, {}).bytes_needed
         for name in ("intscale", "fp8", "bf16")
     }
     monkeypatch.setattr(serve, "gpu_bytes", lambda: sizes["intscale"] + sizes["fp8"])

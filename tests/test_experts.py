@@ -20,6 +20,7 @@ from one_rank import HIDDEN, PREFIX, Tensors, config_of, quantized, rank_of
 from vllm.config import get_current_vllm_config, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 
+from vllm_intscale import loading, ops
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import TENSOR_NAMES
 from vllm_intscale.plugin import IntScaleConfig
@@ -109,6 +110,21 @@ def test_a_missing_tensor_of_an_expert_is_named(name: str) -> None:
     del weights[2]["up_proj"][name]
     load_experts(layer, weights)
     with pytest.raises(IntScaleError, match=rf"experts\.w13_{name} is missing"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("step", [(ops, "prepare_weight"), (loading, "warm_up")])
+def test_errors_of_kernels_name_the_layer(
+    step: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise IntScaleError("no kernel")
+
+    monkeypatch.setattr(*step, fail)
+    with rank_of(0, 1):
+        layer = build_experts(config_of(), 1)
+    load_experts(layer, expert_weights())
+    with pytest.raises(IntScaleError, match=rf"^{PREFIX}\.mlp\.experts\.w13: no kernel$"):
         layer.quant_method.process_weights_after_loading(layer)
 
 

@@ -172,11 +172,6 @@ def test_compiled_graphs_are_of_one_form(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(hashes) == 3
 
 
-def test_errors_name_the_layer() -> None:
-    with pytest.raises(IntScaleError, match=r"^a\.b: no kernel$"), loading.naming("a.b"):
-        raise IntScaleError("no kernel")
-
-
 def test_names_are_mapped_and_patterns_are_not() -> None:
     config = config_of(
         ignore=("model.a.o_proj", r"re:.*\.b\..*", "vision.c"),

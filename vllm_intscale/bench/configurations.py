@@ -105,7 +105,7 @@ class Plan(NamedTuple):
         return weights + float(self.arguments["kv_cache_memory_bytes"]) + OTHER_BYTES
 
 
-def plan(
+def plan_of(
     name: str, model: Mapping[str, Any], folder: Path, tokens: int, engine: Mapping[str, Any]
 ) -> Plan:
     """Write the checkpoint if it is not in `folder`; ask for a KV cache of so many tokens, no more.

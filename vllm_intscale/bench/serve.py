@@ -27,7 +27,7 @@ from vllm_intscale.bench.configurations import (
     configuration_of,
     gpu_bytes,
     groups_of,
-    plan,
+    plan_of,
 )
 from vllm_intscale.bench.engine_worker import ANSWER, LONG_PROMPT, PROMPT
 from vllm_intscale.errors import IntScaleError
@@ -37,7 +37,8 @@ PREFILL_PROMPTS = 16
 BATCHES = (1, 16, 64, 256)
 MAX_LEN = 4096
 CACHE_TOKENS = 5120  # at least, of each engine
-GRAPHS = 1, 2, 4, 8, 16, 32, 64, 128, 256  # and batches; users have more: longer to start
+# And of the batches asked for; users have more of these, which takes longer to start.
+GRAPHS = 1, 2, 4, 8, 16, 32, 64, 128, 256
 
 
 class Row(NamedTuple):
@@ -146,7 +147,7 @@ def run(
         "compilation_config": {"cudagraph_capture_sizes": sorted({*GRAPHS, *batches})},
         **engine,
     }
-    control = plan(control_name, model, folder, tokens, arguments)
+    control = plan_of(control_name, model, folder, tokens, arguments)
     others = [name for name in configurations if name != control_name]
     plans = plans_of(others, model, folder, tokens, arguments, on_row)
     room = gpu_bytes() - control.bytes_needed
@@ -187,11 +188,11 @@ def plans_of(
     engine: Mapping[str, Any],
     on_row: Callable[[Row], None],
 ) -> list[Plan]:
-    """`plan` of each; a row for each of those that cannot be planned."""
+    """`plan_of` each; a row for each of those that cannot be planned."""
     plans = []
     for name in names:
         try:
-            plans.append(plan(name, model, folder, tokens, engine))
+            plans.append(plan_of(name, model, folder, tokens, engine))
         except IntScaleError as error:
             on_row(Row(name, "start", 0, None, None, str(error)))
     return plans
