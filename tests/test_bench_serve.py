@@ -82,14 +82,19 @@ def test_busy_time_counts_overlapping_kernels_once() -> None:
 
 
 def test_rows_beside_another_control_are_not_compared() -> None:
-    def row(name: str, control: float, **busy: float) -> Row:
-        return Row(name, "decode", 1, STEP, {**STEP, "tokens_per_second": control, **busy})
+    """By the time that the GPU is busy, where it is known of a row, too."""
 
-    rows = [row("a", 100), row("b", 101), row("c", 110), Row("d", "decode", 1, None, None, "no")]
-    kept = serve.agreeing(rows)
-    assert [r.configuration for r in kept["decode", 1]] == ["a", "b"]
-    by_gpu = [row("a", 100, gpu_step_ms=2.0), row("b", 150, gpu_step_ms=2.01)]
-    assert serve.agreeing(by_gpu)["decode", 1] == by_gpu
+    def row(name: str, wall: float, busy: float | None = None, own: float | None = None) -> Row:
+        control = {**STEP, "tokens_per_second": wall, "gpu_step_ms": busy}
+        return Row(name, "decode", 1, {**STEP, "gpu_step_ms": own}, control)
+
+    def kept(*rows: Row) -> str:
+        return "".join(r.configuration for r in serve.agreeing(rows)["decode", 1])
+
+    failed = Row("d", "decode", 1, None, None, "no")
+    assert kept(row("a", 100), row("b", 101), row("c", 110), failed) == "ab"
+    assert kept(row("a", 100, 2.0, 3.0), row("b", 150, 2.01, 3.0), row("c", 100, 2.1, 3.0)) == "ab"
+    assert kept(row("a", 100, 2.0, 3.0), row("b", 101, 2.0), row("c", 150, 2.0)) == "ab"
 
 
 def test_configurations_on_several_gpus(tmp_path: Path) -> None:

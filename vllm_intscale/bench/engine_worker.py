@@ -39,11 +39,10 @@ def busy(intervals: Iterable[tuple[float, float]]) -> float:
 
 class Engine:
     def __init__(self, arguments: dict[str, Any]) -> None:
-        import torch
         from vllm import LLM, SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self.torch, self.sampling, self.every_token = torch, SamplingParams, RequestOutputKind.DELTA
+        self.sampling, self.every_token = SamplingParams, RequestOutputKind.DELTA
         start = time.perf_counter()
         self.llm = LLM(**arguments)
         self.load_seconds = time.perf_counter() - start
@@ -86,7 +85,7 @@ class Engine:
         seconds = statistics.median(rounds)  # hardly moved by what happens only once
         found: dict[str, float | None] = {"step_ms": 1e3 * seconds}
         found["tokens_per_second"] = batch / seconds
-        found["gpu_step_ms"] = self._busy_ms(batch) if self.torch.cuda.is_available() else None
+        found["gpu_step_ms"] = self._busy_ms(batch)
         while self.engine.has_unfinished_requests():
             self.engine.step()
         return found
@@ -106,30 +105,50 @@ class Engine:
         return (time.perf_counter() - start) * batch / tokens
 
     def _busy_ms(self, batch: int) -> float | None:
-        """Of a step, in which the GPU is busy; the log gets the time of each kernel.
+        """Of a step, in which the GPU is busy; of several that share each layer, the busiest.
 
-        None where the model runs in other processes.
+        None without a GPU, and for stages of a pipeline, of which some wait for others. The log
+        gets the time of each kernel.
         """
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            self._steps(batch, PROFILED_STEPS)
-            self.torch.cuda.synchronize()
-        kernels = [e for e in profiled.events() if e.device_type.name == "CUDA"]
-        if not kernels:
+        if self.engine.vllm_config.parallel_config.pipeline_parallel_size > 1:
             return None
-        each: Counter[str] = Counter()
-        for kernel in kernels:
-            each[kernel.name] += kernel.time_range.elapsed_us()
-        print(f"Microseconds of each step, batch {batch}:")
-        for name, us in each.most_common(KERNELS_LOGGED):
-            print(f"{us / PROFILED_STEPS:10.1f}  {name[:120]}")
-        total = busy((e.time_range.start, e.time_range.end) for e in kernels)
-        return total / PROFILED_STEPS / 1e3
+        self.llm.collective_rpc(_start_profiler)
+        self._steps(batch, PROFILED_STEPS)
+        found = self.llm.collective_rpc(_stop_profiler, args=(batch,))
+        return max(found) or None
 
     def facts(self) -> dict[str, Any]:
         weights = sum(self.llm.apply_model(_size))
         return {"load_seconds": round(self.load_seconds, 1), "weights_gib": weights / 2**30}
+
+
+def _start_profiler(worker: Any) -> None:
+    """Of what runs on this worker's GPU; workers may be other processes."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    if torch.cuda.is_available():
+        worker.profiler = profile(activities=[ProfilerActivity.CUDA])
+        worker.profiler.start()
+
+
+def _stop_profiler(worker: Any, batch: int) -> float:
+    """Milliseconds of each of PROFILED_STEPS in which the GPU was busy; prints those of kernels."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.synchronize()
+    worker.profiler.stop()
+    kernels = [e for e in worker.profiler.events() if e.device_type.name == "CUDA"]
+    each: Counter[str] = Counter()
+    for kernel in kernels:
+        each[kernel.name] += kernel.time_range.elapsed_us()
+    print(f"Microseconds of each step, batch {batch}:")
+    for name, us in each.most_common(KERNELS_LOGGED):
+        print(f"{us / PROFILED_STEPS:10.1f}  {name[:120]}")
+    total = busy((e.time_range.start, e.time_range.end) for e in kernels)
+    return total / PROFILED_STEPS / 1e3
 
 
 def _size(model: Any) -> int:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import select
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from vllm_intscale.bench.engine_worker import ANSWER, LONG_PROMPT, PROMPT
 from vllm_intscale.errors import IntScaleError
 
 TOLERANCE = 0.02  # of the control's answers, between the rows that are compared
+CLOCKS = "gpu_step_ms", "tokens_per_second"  # by the first that a row has
 PREFILL_PROMPTS = 16
 BATCHES = (1, 16, 64, 256)
 MAX_LEN = 4096
@@ -265,20 +267,22 @@ def _start(plan: Plan, folder: Path) -> Worker:
 
 
 def agreeing(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:
-    """Rows by what was asked, those whose control is within TOLERANCE of the median of them."""
+    """Rows by what was asked, those whose control is within TOLERANCE of the median of them.
+
+    By the clock of the row: the time that the GPU is busy, or else wall time.
+    """
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         if row.found and row.control:
             groups.setdefault((row.what, row.batch), []).append(row)
-    for key, group in groups.items():
-        speeds = sorted(speed(row.control) for row in group)
-        median = speeds[len(speeds) // 2]
-        groups[key] = [r for r in group if abs(speed(r.control) / median - 1) <= TOLERANCE]
-    return groups
+    return {key: [row for row in group if _agrees(row, group)] for key, group in groups.items()}
 
 
-def speed(answer: Mapping[str, float | None] | None) -> float:
-    """Tokens a second; by the time that the GPU is busy, where that is known."""
-    assert answer
-    busy = answer.get("gpu_step_ms")
-    return 1 / busy if busy else float(answer["tokens_per_second"] or 0.0)
+def _agrees(row: Row, group: Iterable[Row]) -> bool:
+    clock = next(c for c in CLOCKS if _figure(row.found, c) and _figure(row.control, c))
+    answers = [answer for r in group if (answer := _figure(r.control, clock))]
+    return abs(_figure(row.control, clock) / statistics.median_high(answers) - 1) <= TOLERANCE
+
+
+def _figure(answer: Mapping[str, float | None] | None, name: str) -> float:
+    return (answer or {}).get(name) or 0.0
