@@ -39,10 +39,15 @@ __device__ __forceinline__ uint32_t block_max(uint32_t value) {
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ int blocks_of_row() { return cluster_size(); }
 __device__ __forceinline__ int block_of_row() { return cluster_rank(); }
+// Once, before cluster_max: nobody may write to a block's shared memory before it runs.
+__device__ __forceinline__ void announce_block() {
+  if (blocks_of_row() > 1) cluster_arrive();
+}
 // Maximum over the cluster of what each block's threads have alike.
 __device__ __forceinline__ uint32_t cluster_max(uint32_t value) {
   if (blocks_of_row() == 1) return value;
   __shared__ uint32_t of_blocks[8];  // the most that a portable cluster has
+  cluster_wait();
   if (threadIdx.x < blocks_of_row()) {
     store_remote(shared_address(of_blocks + block_of_row()), threadIdx.x, value);
   }
@@ -54,6 +59,7 @@ __device__ __forceinline__ uint32_t cluster_max(uint32_t value) {
 #else
 __device__ __forceinline__ int blocks_of_row() { return 1; }
 __device__ __forceinline__ int block_of_row() { return 0; }
+__device__ __forceinline__ void announce_block() {}
 __device__ __forceinline__ uint32_t cluster_max(uint32_t value) { return value; }
 #endif
 
@@ -277,7 +283,8 @@ extern "C" __global__ void __launch_bounds__(kSiluThreads, 8)
   if (slot_row != nullptr) row = __ldcg(slot_row + row);
   wait_for_previous_kernel();
   clear_flags(a8, rows_padded, k);
-  if (row < 0) return;
+  if (row < 0) return;  // and so do all blocks of its cluster
+  announce_block();
   const int vectors = int(k / kVector), begin = vectors * block_of_row() / blocks_of_row();
   const int end = vectors * (block_of_row() + 1) / blocks_of_row();
   const uint4* gates = reinterpret_cast<const uint4*>(gate_up + row * 2 * k);

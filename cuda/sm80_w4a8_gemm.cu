@@ -290,7 +290,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
   const int n0 = blockIdx.y * TILE_N, row_tiles = (n + 127) / 128 * 8;
   let_next_kernel_start();
 #if GROUPED
-  if (int(blockIdx.x) >= *tile_count) return;
+  if (int(blockIdx.x) >= *tile_count) {
+    wait_for_previous_kernel();  // of all blocks none may have a tile
+    return;
+  }
   const int64_t expert = token_tile(tiles, m).expert;
   qweight += expert * row_tiles * k_blocks * kRowTileBytes;
   group_scale += expert * k_blocks * kGroups * row_tiles * 16;
