@@ -121,6 +121,27 @@ def test_sums_of_norms_that_stay() -> None:
     check(graph(weight, *xs), (*reference.quantize_activation(y), added))
 
 
+def test_addend_that_is_quantized_later() -> None:
+    """A norm's result is added up twice over before the graph quantizes it, too."""
+    h, residual, x, weight = make(2, 128), make(3, 128)[:2], make(4, 128)[:2], make(128)
+
+    def layers(h: Tensor, residual: Tensor, x: Tensor, weight: Tensor) -> Any:
+        y = ir.ops.rms_norm(h, weight, EPSILON, None)
+        z, residual = add_norm(y, residual, weight)
+        quantized = *ops.quantize_activation(z), *ops.quantize_activation(y)
+        last, _ = add_norm(x, residual, weight)
+        return *quantized, *ops.quantize_activation(last)
+
+    graph, counts = fused(layers, h, residual, x, weight)
+    assert counts["norm_quantize"] == 3
+    y, _ = reference.rms_norm([h], weight, EPSILON)
+    norms = [[residual, y], [h], [residual, y, x]]
+    rows = [reference.rms_norm(addends, weight, EPSILON)[0] for addends in norms]
+    check(
+        graph(h, residual, x, weight), [t for r in rows for t in reference.quantize_activation(r)]
+    )
+
+
 def test_sums_are_those_of_a_compiled_graph() -> None:
     """Inductor, too, rounds a sum that goes from one norm to the next only where it is stored."""
     xs, weight = [make(64 + i, 256)[:64] for i in range(3)], make(256)
@@ -180,6 +201,17 @@ def weight_of_another_dtype(x: Tensor) -> Any:
     return ops.quantize_activation(ir.ops.rms_norm(x, x[0].float(), EPSILON, None))
 
 
+def residual_of_another_dtype(x: Tensor) -> Any:
+    y, residual = add_norm(x, x.float(), x[0])
+    return *ops.quantize_activation(y), residual
+
+
+def halves_of_another_dtype(x: Tensor) -> Any:
+    gate_up = x.float()
+    gate, up = gate_up[..., :64], gate_up[..., 64:]
+    return ops.quantize_activation(torch.nn.functional.silu(gate).bfloat16() * up.bfloat16())
+
+
 def up_before_gate(x: Tensor) -> Any:
     return ops.quantize_activation(torch.nn.functional.silu(x[..., 64:]) * x[..., :64])
 
@@ -196,8 +228,8 @@ def product_needed(x: Tensor) -> Any:
 @pytest.mark.parametrize(
     "layer",
     [
-        *(other_variance, no_weight, weight_of_another_dtype),
-        *(up_before_gate, other_parts, product_needed),
+        *(other_variance, no_weight, weight_of_another_dtype, residual_of_another_dtype),
+        *(up_before_gate, other_parts, product_needed, halves_of_another_dtype),
     ],
 )
 def test_what_is_left_as_it_is(layer: Callable[..., Any]) -> None:
@@ -221,9 +253,15 @@ def test_rms_norm_reference() -> None:
         assert_same_bits(alone, y[3:4])
 
 
-def test_too_many_addends() -> None:
-    with pytest.raises(IntScaleError, match="adds up 3 tensors at most: 4"):
-        row_kernels.norm_quantize([make(2, 8)] * 4, make(8), EPSILON, False, False)
+def test_addends_that_do_not_fit() -> None:
+    x, weight = make(2, 8), make(8)
+    for addends, of, error in (
+        ([x] * 4, weight, "adds up 3 tensors at most: 4"),
+        ([x, x.half()], weight, "norm_quantize of torch.bfloat16 and torch.float16; convert one"),
+        ([x], weight.float(), "norm_quantize of torch.bfloat16 and torch.float32; convert one"),
+    ):
+        with pytest.raises(IntScaleError, match=error):
+            row_kernels.norm_quantize(addends, of, EPSILON, False, False)
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:

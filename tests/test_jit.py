@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import generators
 import pytest
@@ -161,6 +162,27 @@ def test_gpu_below_sm_80_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unsupported_dtype_names_the_remedy() -> None:
     with pytest.raises(IntScaleError, match="--dtype bfloat16"):
         cuda_backend.quantize_activation(torch.ones(1, 8))
+    a8, ones = torch.zeros(1, 8, 128, dtype=torch.int8), torch.ones(8)
+    with pytest.raises(IntScaleError, match="bias is torch.float32 and the output torch.bfloat16"):
+        cuda_backend.gemm(a8, ones[:1], a8, ones, ones, ones, torch.bfloat16)
+
+
+def test_kernels_are_compiled_beside_another_users(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whose lock, in a cache that both may write to, cannot be taken."""
+    cupy = MagicMock(__version__="14")
+    cupy.cuda.compiler.CompileException = ValueError
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(jit, "import_cupy", lambda: cupy)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    denied = MagicMock(side_effect=PermissionError)
+    monkeypatch.setattr("filelock.FileLock.acquire", denied)
+    kernel = jit.Kernel("activation.cu", "quantize_activation", (("DTYPE", 0),))
+    function = jit.load.__wrapped__(kernel, 0)
+    denied.assert_called_once()
+    assert function is cupy.RawModule.return_value.get_function.return_value
 
 
 def test_unwritable_cache_falls_back_to_a_temporary_folder(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import IGNORE
 
 pytest.importorskip("vllm")
@@ -25,7 +26,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.models.utils import WeightsMapper
 
 import vllm_intscale
-from vllm_intscale import loading
+from vllm_intscale import compile_cache, loading
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import CheckpointConfig, LayerScheme
 from vllm_intscale.plugin import IntScaleConfig
@@ -154,22 +155,26 @@ def test_gates_by_class() -> None:
 
 
 def test_other_layers_keep_their_default() -> None:
-    import torch
-
     assert config_of().get_quant_method(torch.nn.Embedding(2, 2), "lm_head") is None
 
 
-def test_compiled_graphs_are_of_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which vLLM's cache of them is told, if INTSCALE_FORM is set."""
-    hashes = set()
-    for form in ("", "fold", "accumulate"):
-        monkeypatch.setenv("INTSCALE_FORM", form)
-        config = VllmConfig()
+def test_compiled_graphs_are_those_of_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the weights, by this code: vLLM's cache of them is told when all layers are ready."""
+
+    def key(kernel: str, *shape: int) -> str:
+        config, report = VllmConfig(), loading.LoadReport()
         with set_current_vllm_config(config):
-            config_of().get_quant_method(object(), "model.a")
-        assert bool(config.additional_config) == bool(form)
-        hashes.add(config.compute_hash())
-    assert len(hashes) == 3
+            for layer in "ab":
+                report.created(layer, "linear")
+            for layer in "ab":
+                report.ready(layer, kernel, [torch.empty(shape, dtype=torch.int8)])
+        return str(config.compute_hash())
+
+    assert key("fold", 2, 8) == key("fold", 2, 8)
+    assert len({key("fold", 2, 8), key("accumulate", 2, 8), key("fold", 3, 8)}) == 3
+    before = key("fold", 2, 8)
+    monkeypatch.setattr(compile_cache, "code_digest", lambda: "of other code")
+    assert key("fold", 2, 8) != before
 
 
 def test_names_are_mapped_and_patterns_are_not() -> None:
@@ -210,7 +215,7 @@ def test_report_is_one_line_when_the_last_layer_is_ready(monkeypatch: pytest.Mon
         report.created(name, what)
     report.ignored.add("d")
     for name in "abca":
-        report.ready(name, "K")
+        report.ready(name, "K", ())
     assert lines == ["intscale: 2 linear W4A8 g128, 1 linear W4A8 g64, 3 on K, 1 ignored"]
 
 

@@ -191,7 +191,13 @@ def test_operators_pass_opcheck() -> None:
     ready = ops.prepare_weight(*packed(weight(96, 128, 64)))
     x = torch.randn(5, 128, dtype=torch.bfloat16)
     a8, scale = ops.quantize_activation(x)
-    torch.library.opcheck(ops.quantize_activation, (x,))
+    column_major = torch.randn(128, 5).t()
+    for rows in (x, column_major):
+        torch.library.opcheck(ops.quantize_activation, (rows,))
+        torch.library.opcheck(ops.silu_mul_quantize, (rows,))
+        for number, *kept in itertools.product((1, 2), (False, True), (False, True)):
+            args = [rows] * number, torch.ones(128, dtype=rows.dtype), 1e-5, *kept
+            torch.library.opcheck(ops.norm_quantize, args)
     torch.library.opcheck(ops.gemm, (a8, scale, *ready, None, torch.bfloat16))
     weights, ids = routing(5, 1, 1, "random")
     square = packed(weight(256, 128, 64)), packed(weight(128, 128, 64))

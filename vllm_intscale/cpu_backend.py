@@ -21,16 +21,22 @@ from vllm_intscale.packing import unpack_codes
 
 ROWS = 512  # of a weight prepared at a time: bounds the extra memory
 
-quantize_activation = reference.quantize_activation
+
+def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See `reference.quantize_activation`; rows of a8 have no gaps, whatever those of x."""
+    return reference.quantize_activation(x.contiguous())
 
 
 def norm_quantize(
     addends: list[Tensor], weight: Tensor, epsilon: float, keep_norm: bool, keep_sum: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.rms_norm`, quantized; see `row_kernels.norm_quantize`."""
+    addends = [addend.contiguous() for addend in addends]
     y, added = reference.rms_norm(addends, weight, epsilon)
-    nothing = weight.new_empty(0)
-    return *quantize_activation(y), y if keep_norm else nothing, added if keep_sum else nothing
+    if added is addends[0]:  # an operator returns none of its inputs
+        added = added.clone()
+    kept = (t if wanted else t.new_empty(0) for t, wanted in ((y, keep_norm), (added, keep_sum)))
+    return (*quantize_activation(y), *kept)  # type: ignore[return-value]
 
 
 def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:

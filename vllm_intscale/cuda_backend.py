@@ -207,6 +207,8 @@ def gemm(
     out = a8.new_empty(m, channel_scale.shape[0], dtype=dtype)
     if not m:
         return out
+    if bias is not None and bias.dtype is not dtype:
+        raise IntScaleError(f"bias is {bias.dtype} and the output {dtype}; convert the bias")
     weight, code = (qweight, group_scale, channel_scale), dtype_code(dtype)
     if _is_hopper_layout(qweight):
         assert not isinstance(tile, sm80_gemm.Tile)

@@ -10,10 +10,8 @@ Inductor would compute it so, in float32, and nobody has to store that sum.
 
 from __future__ import annotations
 
-import inspect
 import operator
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +25,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_intscale import ops
+from vllm_intscale.compile_cache import code_digest
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.row_kernels import MAX_ADDENDS, MAX_NORM_K, MAX_ROW_BYTES
 
@@ -59,7 +58,7 @@ class QuantizeWhereMade(InductorPass):  # type: ignore[misc]
 
     def __call__(self, graph: Graph) -> None:
         quantized = dict.fromkeys(n.args[0] for n in graph.nodes if n.target is QUANTIZE)
-        sums: dict[Node, list[Node]] = {}
+        sums: list[Node] = []
         norms = sum(_fuse_norm(graph, made, sums) for made in quantized)
         for added in sums:
             if not added.users:
@@ -72,14 +71,14 @@ class QuantizeWhereMade(InductorPass):  # type: ignore[misc]
         )
 
     def uuid(self) -> str:
-        """Changes with this file, and so does what is cached of compiled graphs."""
-        return str(self.hash_source(inspect.getsource(sys.modules[__name__])))
+        """Changes with this package, and so does what is cached of compiled graphs."""
+        return code_digest()
 
 
-def _fuse_norm(graph: Graph, made: Any, sums: dict[Node, list[Node]]) -> bool:
+def _fuse_norm(graph: Graph, made: Any, sums: list[Node]) -> bool:
     """Whether `made` is a norm, which now quantizes what it makes.
 
-    sums: those that such norms store, and what each is the sum of; this one is added.
+    sums: those that such norms store; this one is added.
     """
     norm: Any = made
     addends: list[Node] = []
@@ -97,14 +96,14 @@ def _fuse_norm(graph: Graph, made: Any, sums: dict[Node, list[Node]]) -> bool:
         return False
     if value.dim() != 2 or value.shape[1] % 8 or value.shape[1] > MAX_NORM_K:
         return False
-    if weight.meta["val"].dtype != value.dtype:
+    if any(other.meta["val"].dtype != value.dtype for other in (*addends, weight)):
         return False
     keep_norm = any(user.target is not QUANTIZE for user in made.users)
     args = ([*addends, x], weight, epsilon, keep_norm, bool(addends))
     a8, token_scale, y, added = _insert(graph, norm, ops.norm_quantize.default, args)
     _replace_quantized(graph, made, a8, token_scale)
     if addends:
-        sums[added] = [*addends, x]
+        sums.append(added)
         for user in list(norm.users):
             user.replace_all_uses_with(y if user.args[1] == 0 else added)
             graph.erase_node(user)
@@ -114,14 +113,15 @@ def _fuse_norm(graph: Graph, made: Any, sums: dict[Node, list[Node]]) -> bool:
     return True
 
 
-def _addends(node: Any, sums: dict[Node, list[Node]]) -> list[Node]:
+def _addends(node: Any, sums: list[Node]) -> list[Node]:
     """What a node is the sum of, if that is known and one more can be added, otherwise itself."""
-    found = sums.get(node, [])
+    found: list[Any] = list(node.args[0].args[0]) if node in sums else []
     if node.target is operator.getitem and node.args[1] == 1:
         norm = node.args[0]
         if _is(norm, torch.ops.vllm_ir.fused_add_rms_norm):
             found = [*_addends(norm.args[1], sums), norm.args[0]]
-    return found if 0 < len(found) < MAX_ADDENDS else [node]
+    alike = all(addend.meta["val"].dtype == node.meta["val"].dtype for addend in found)
+    return found if alike and 0 < len(found) < MAX_ADDENDS else [node]
 
 
 def _forget_sum(added: Any) -> None:
@@ -148,6 +148,8 @@ def _fuse_silu_mul(graph: Graph, made: Any) -> bool:
     if gate_range != [1, 0, k] or up_range[:2] != [1, k] or up_range[2] < 2 * k:
         return False
     if value.dim() != 2 or value.shape[1] != 2 * k or k % 8 or 2 * k > MAX_ROW_BYTES:
+        return False
+    if value.dtype != made.meta["val"].dtype:
         return False
     results = _insert(graph, made, ops.silu_mul_quantize.default, (gate_up,))
     _replace_quantized(graph, made, *results)

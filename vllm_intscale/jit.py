@@ -11,6 +11,7 @@ and a writable cache folder chosen before CuPy is imported (its import fails wit
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -129,13 +130,15 @@ def load(kernel: Kernel, device: int) -> Any:
         ).encode()
     ).hexdigest()[:32]
     start = time.perf_counter()
-    with cupy.cuda.Device(device):
+    lock = FileLock(Path(os.environ["CUPY_CACHE_DIR"]) / f"intscale_{key}.lock")
+    with cupy.cuda.Device(device), contextlib.ExitStack() as stack:
+        with contextlib.suppress(PermissionError):  # another user's: both compile, which is safe
+            stack.enter_context(lock)
         try:
-            with FileLock(Path(os.environ["CUPY_CACHE_DIR"]) / f"intscale_{key}.lock"):
-                module = cupy.RawModule(code=source, options=options)
-                function = module.get_function(kernel.function)
-                if kernel.shared_bytes:
-                    function.max_dynamic_shared_size_bytes = kernel.shared_bytes
+            module = cupy.RawModule(code=source, options=options)
+            function = module.get_function(kernel.function)
+            if kernel.shared_bytes:
+                function.max_dynamic_shared_size_bytes = kernel.shared_bytes
         except cupy.cuda.compiler.CompileException as error:
             log = str(error).strip().splitlines()
             raise IntScaleError(

@@ -110,7 +110,7 @@ class IntScaleLinearMethod(LinearMethodBase):  # type: ignore[misc]
         # Always plain parameters: torch.compile does not trace vLLM's parameter classes.
         for name, tensor in zip(TENSOR_NAMES, weight, strict=True):
             replace_parameter(layer, name, tensor)
-        self.report.ready(self.prefix, ops.describe(*weight[:2]))
+        self.report.ready(self.prefix, ops.describe(*weight[:2]), weight)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x `[..., K]` to `[..., N]` of the same dtype."""

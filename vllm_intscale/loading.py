@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MethodType
@@ -15,6 +15,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vllm_intscale import compile_cache
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import LayerScheme, largest_group_size
 
@@ -157,6 +158,7 @@ class LoadReport:
     layers: dict[str, str] = field(default_factory=dict)
     kernels: dict[str, str] = field(default_factory=dict)
     ignored: set[str] = field(default_factory=set)
+    _layouts: dict[str, object] = field(default_factory=dict)
     _waiting: set[str] = field(default_factory=set)
 
     def created(self, layer: str, description: str) -> None:
@@ -164,13 +166,15 @@ class LoadReport:
         self.layers[layer] = description
         self._waiting.add(layer)
 
-    def ready(self, layer: str, kernel: str) -> None:
-        """The weights of this layer are loaded and in the layout of its kernel."""
+    def ready(self, layer: str, kernel: str, weights: Iterable[Tensor]) -> None:
+        """These weights of a layer are loaded and in the layout of its kernel."""
         if layer not in self._waiting:  # a reload
             return
         self._waiting.remove(layer)
         self.kernels[layer] = kernel
+        self._layouts[layer] = kernel, [(tuple(w.shape), w.dtype) for w in weights]
         if not self._waiting:
+            compile_cache.name_layouts(self._layouts)
             counts = Counter(self.layers.values())
             parts = [f"{count} {description}" for description, count in counts.items()]
             kernels = Counter(self.kernels.values())

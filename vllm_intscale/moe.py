@@ -141,7 +141,7 @@ class IntScaleMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
             self.moe_kernel = make_kernel(self.moe, layer)
             kernel += f", tokens by {type(self.moe_kernel.prepare_finalize).__name__}"
-        self.report.ready(self.prefix, kernel)
+        self.report.ready(self.prefix, kernel, layer.parameters(recurse=False))
 
     def _on_all_ranks(self, possible: bool) -> bool:
         """Whether it is so for the experts of every rank."""

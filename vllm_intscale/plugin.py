@@ -6,14 +6,12 @@ every vLLM process, also of other models.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from vllm_intscale.errors import IntScaleError
@@ -127,7 +125,6 @@ class IntScaleConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm_intscale.moe import IntScaleMoEMethod
 
         fusion.install()
-        _name_form_to_compiler()
         if self.source:
             from vllm_intscale.live import convert_while_loading
 
@@ -156,14 +153,6 @@ class IntScaleConfig(QuantizationConfig):  # type: ignore[misc]
         """The checkpoint's names of the layers that are fused into this one."""
         parent, dot, name = prefix.rpartition(".")
         return [parent + dot + part for part in self.packed_modules_mapping.get(name, [name])]
-
-
-def _name_form_to_compiler() -> None:
-    """Graphs compiled for the tensors of one INTSCALE_FORM are not to be taken from vLLM's cache
-    for those of another, which have other shapes."""
-    config, form = get_current_vllm_config_or_none(), os.environ.get("INTSCALE_FORM")
-    if config and form and isinstance(config.additional_config, dict):
-        config.additional_config["INTSCALE_FORM"] = form
 
 
 def _experts(layer: Any, prefix: str) -> Iterable[str]:

@@ -102,11 +102,15 @@ def norm_quantize(
 
     addends: up to MAX_ADDENDS `[M, K]`, weight `[K]`, bf16 or fp16, K a multiple of 8, at most
     MAX_NORM_K. Gives a8, token_scale, the normed rows and the sum (empty unless `keep_norm` and
-    `keep_sum`). Raises IntScaleError for more addends.
+    `keep_sum`). Raises IntScaleError for more addends and for unlike ones.
     """
     if len(addends) > MAX_ADDENDS:
         raise IntScaleError(f"norm_quantize adds up {MAX_ADDENDS} tensors at most: {len(addends)}")
-    x, weight = addends[0], weight.contiguous()
+    x = addends[0]
+    for other in (weight, *addends[1:]):
+        if other.dtype is not x.dtype:
+            raise IntScaleError(f"norm_quantize of {x.dtype} and {other.dtype}; convert one")
+    weight = aligned(weight[None])
     m, k = x.shape
     a8, token_scale = new_activation(x, m, k), x.new_empty(m, dtype=torch.float32)
     y, added = (x.new_empty((m, k) if wanted else 0) for wanted in (keep_norm, keep_sum))
