@@ -17,6 +17,7 @@ import torch
 from vllm_intscale import cli
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.evaluate import perplexity, task_results
+from vllm_intscale.text import tokenize
 
 TINY = Path(__file__).parents[1] / "serving_examples" / "tiny-llama"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -67,6 +68,35 @@ def test_unreadable_text(tmp_path: Path) -> None:
 def test_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("x")
     assert "no usable tokenizer" in refusal(str(tmp_path), tmp_path / "text.txt")
+
+
+def test_broken_tokenizer(tmp_path: Path) -> None:
+    """Whatever transformers raises for it."""
+    (tmp_path / "text.txt").write_text("x")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    error = refusal(str(tmp_path), tmp_path / "text.txt")
+    assert "no usable tokenizer (KeyError: 'added_tokens')" in error
+
+
+def test_long_texts_are_tokenized_in_pieces(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    whole = CharacterTokenizer.__call__
+
+    def call(self: CharacterTokenizer, text: str, **options: Any) -> dict[str, list[int]]:
+        seen.append(text)
+        return whole(self, text, **options)
+
+    monkeypatch.setattr(CharacterTokenizer, "__call__", call)
+    monkeypatch.setattr("vllm_intscale.text.PIECE", 8)
+    content = "abc\nde\nfghijklmnopq\nrst"
+    assert tokenize("model", content) == list(map(ord, content))
+    assert seen == ["abc\nde\n", "fghijklm", "nopq\nrst"]
+    seen.clear()
+    assert tokenize("model", content, limit=9) == list(map(ord, content[:9]))
+    assert len(seen) == 2
+    seen.clear()
+    assert tokenize("model", content[:8]) == list(map(ord, content[:8])) and len(seen) == 1
 
 
 def test_vllm_is_missing(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

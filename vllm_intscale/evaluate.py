@@ -137,7 +137,7 @@ def _read_windows(model: str, text: Path, window: int, limit: int | None) -> lis
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise IntScaleError(f"{text} cannot be read ({error}); name a UTF-8 text file") from None
-    ids = tokenize(model, content)
+    ids = tokenize(model, content, limit and limit * window)
     windows = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)][:limit]
     if not windows:
         raise IntScaleError(

@@ -8,20 +8,22 @@ is quantized together, on inputs that the quantized weights before it have made.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from vllm_intscale.checkpoint import DTYPES
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import Amplifier, LayerScheme
 from vllm_intscale.packing import unpack_codes
 from vllm_intscale.quantize import gptq, rtn
-from vllm_intscale.quantize.calibration import MAX_LENGTH, Calibration
+from vllm_intscale.quantize.calibration import CHARACTERS, MAX_LENGTH, Calibration
 from vllm_intscale.quantize.gptq import Factor, factorize, finite
 from vllm_intscale.quantize.loss import Loss, measure
 from vllm_intscale.quantize.rtn import QuantizedRows, heuristic_amplifier, smallest_scale
@@ -29,11 +31,14 @@ from vllm_intscale.quantize.shards import OpenFiles
 from vllm_intscale.quantize.sites import SiteFinder, Smoother
 from vllm_intscale.quantize.smooth import Scales
 from vllm_intscale.quantize.source import Matrix, Plan
-from vllm_intscale.quantize.watch import Watch, first_rows, stages
-from vllm_intscale.text import tokenize
+from vllm_intscale.quantize.watch import Watch, first_rows, numbers_of, stages
+from vllm_intscale.text import tokenize, tokenize_each
+
+logger = logging.getLogger("vllm.intscale")
 
 MIN_TOKENS = 128  # that a weight has to see; experts that see fewer are rounded to nearest
 ROWS = 4096  # of a matrix that are quantized at once
+WHOLE = 1 << 22  # characters of a text all of which are tokenized, even for few samples
 
 
 def calibrate(
@@ -51,18 +56,17 @@ def calibrate(
     what all other tensors of the checkpoint are to be multiplied with, by name, where smoothing has
     changed them.
 
-    Raises IntScaleError if the text is too short, or if transformers cannot run the model.
+    Raises IntScaleError if the text is too short, if transformers cannot run the model, or if no
+    weight of a layer is recognized in it.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = _load_model(plan.folder)
+    model = _load_model(plan)
     samples = _read_samples(plan.folder, model, calibration)
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
-    layers = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=None)
-    if layers is None:
-        raise IntScaleError(f"{plan.folder}: the model has no list of layers to calibrate")
-    watch = Watch(first_rows(plan, files), with_hessians=calibration.method == "gptq")
+    list_name, layers = _decoder_layers(plan.folder, model)
+    watch = Watch(first_rows(plan, files), files, with_hessians=calibration.method == "gptq")
     smoother = Smoother(plan, files, model)
     matrices = {m.name: m for m in plan.matrices}
+    unrecognized: list[str] = []
     scales: dict[str, Scales] = {}
 
     def run(layer: torch.nn.Module, kwargs: dict[str, Any], inputs: list[Tensor]) -> list[Tensor]:
@@ -76,23 +80,24 @@ def calibrate(
     with torch.no_grad():
         with _one_line_error(plan.folder, "run"):
             hidden, arguments = _inputs_of_layers(model, layers, samples)
-        for layer, kwargs in zip(layers, arguments, strict=True):
+        for i, (layer, kwargs) in enumerate(zip(layers, arguments, strict=True)):
             layer.to(device, torch.float32)
             kwargs = _moved(kwargs, device)
-            watch.next_layer()
-            watch.find_weights(layer)
+            name = f"{list_name}.{i}"
+            watch.next_layer(name, layer)
             with SiteFinder(layer) as finder:
                 watch.listener = finder.linear
                 before = run(layer, kwargs, hidden)[0]  # finds the order of the weights, too
                 watch.listener = None
+            unrecognized += _unrecognized(plan, name, layer, watch.weights)
             check = partial(_computes, partial(run, layer, kwargs, hidden[:1]), before)
             scales |= smoother.smooth(finder, layer, watch.weights, check)
             for stage in stages(watch.order):
                 rest = set(stage)
-                for name in stage:
-                    if tensors := written(m := matrices[name]):
-                        watch.weights[name].copy_(_dequantized(tensors, m.scheme))
-                        rest.remove(name)
+                for weight in stage:
+                    if tensors := written(m := matrices[weight]):
+                        watch.weights[weight].copy_(_dequantized(tensors, m.scheme))
+                        rest.remove(weight)
                 if rest:
                     watch.next_stage(rest)
                     run(layer, kwargs, hidden)
@@ -100,7 +105,55 @@ def calibrate(
             watch.next_stage(set())
             hidden = run(layer, kwargs, hidden)
             layer.to("meta")  # frees it
+    if unrecognized:
+        logger.warning(
+            "intscale: transformers' model does not hold %d layers as they are stored; they are "
+            "rounded to nearest: %s",
+            len(unrecognized),
+            ", ".join(unrecognized[:2]) + (", ..." if unrecognized[2:] else ""),
+        )
     return scales
+
+
+def _decoder_layers(folder: Path, model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
+    """The longest list of the model by parameters, and its name."""
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module)
+    ]
+    if not lists:
+        raise IntScaleError(f"{folder}: the model has no list of layers to calibrate")
+    return max(lists, key=lambda named: sum(p.numel() for p in named[1].parameters()))
+
+
+def _unrecognized(
+    plan: Plan, name: str, layer: torch.nn.Module, weights: Mapping[str, Tensor]
+) -> list[str]:
+    """Layers to quantize that are in a decoder layer, but not among its weights.
+
+    name: of the decoder layer in the model. weights: what was recognized of it, by names in the
+    checkpoint. Raises IntScaleError if nothing was.
+    """
+    if not weights and any(parameter.dim() > 1 for parameter in layer.parameters()):
+        raise IntScaleError(
+            f"{plan.folder}: {name}, as transformers loads it, has no weight that is in the "
+            "checkpoint, so that none can be calibrated; quantize with --method rtn"
+        )
+    numbers = numbers_of(name)
+
+    def prefix_of(weight: str) -> str:
+        return weight.partition(f".{numbers[-1]}.")[0]
+
+    prefixes = {prefix_of(weight) for weight in weights}  # others are of a vision tower, say
+    return [
+        m.layer
+        for m in plan.matrices
+        if m.scheme
+        and m.name not in weights
+        and numbers_of(m.name)[: len(numbers)] == numbers
+        and prefix_of(m.name) in prefixes
+    ]
 
 
 def _computes(run: Callable[[], list[Tensor]], wanted: Tensor) -> bool:
@@ -165,7 +218,8 @@ def _dequantized(tensors: Sequence[Tensor], scheme: LayerScheme | None) -> Tenso
 # ---- the model and the text ---------------------------------------------------------------------
 
 
-def _load_model(folder: Path) -> Any:
+def _load_model(plan: Plan) -> Any:
+    """In the dtype of the weights to quantize, which need not be the config's."""
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -175,9 +229,13 @@ def _load_model(folder: Path) -> Any:
             "pip install transformers"
         ) from None
     logging.disable_progress_bar()
-    with _one_line_error(folder, "load"):
+    dtypes = {DTYPES[m.stored.dtype] for m in plan.matrices if m.scheme}
+    with _one_line_error(plan.folder, "load"):
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", attn_implementation="sdpa", experts_implementation="eager"
+            plan.folder,
+            dtype=reduce(torch.promote_types, dtypes),
+            attn_implementation="sdpa",
+            experts_implementation="eager",
         )
     return model.eval().requires_grad_(False)
 
@@ -196,17 +254,29 @@ def _one_line_error(folder: Path, what: str) -> Iterator[None]:
 
 
 def _read_samples(folder: Path, model: Any, calibration: Calibration) -> list[Tensor]:
-    """Token ids `[1, length]` each, spread evenly over the text."""
+    """Token ids `[1, length]` each, spread evenly over the text, of which a part may be enough."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", MAX_LENGTH)
     length = calibration.length or min(MAX_LENGTH, limit)
-    ids = torch.tensor(tokenize(str(folder), calibration.content()))
-    whole = len(ids) // length
+    content = calibration.content()
+    characters = CHARACTERS * length  # of a slice: enough for a window
+    if len(content) <= max(WHOLE, 2 * calibration.samples * characters):
+        parts = [tokenize(str(folder), content)]
+    else:
+        step = (len(content) - characters) / max(1, calibration.samples - 1)
+        starts = [int(i * step) for i in range(calibration.samples)]
+        slices = (content[start : start + characters] for start in starts)
+        parts = [ids[:length] for ids in tokenize_each(str(folder), slices)]
+    windows = [
+        torch.tensor([ids[start : start + length]])
+        for ids in parts
+        for start in range(0, len(ids) - length + 1, length)
+    ]
+    whole = len(windows)
     if not whole:
         raise IntScaleError(
-            f"{calibration.name} has {len(ids)} tokens, fewer than a sample of {length}; name a "
-            "longer --calibration or set --calibration-length"
+            f"{calibration.name} has {sum(map(len, parts))} tokens, fewer than a sample of "
+            f"{length}; name a longer --calibration or set --calibration-length"
         )
-    windows = ids[: whole * length].view(whole, 1, length)
     count = min(calibration.samples, whole)
     return [windows[i * whole // count] for i in range(count)]
 

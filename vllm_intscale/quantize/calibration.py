@@ -45,10 +45,15 @@ class Calibration(NamedTuple):
 
 
 def _read_file(file: Path) -> str:
+    if file.suffix == ".json":
+        raise IntScaleError(
+            f'{file} is JSON, which is no text to calibrate with; write its texts as "text" of the '
+            "lines of a .jsonl file and name that as --calibration"
+        )
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".jsonl":
-            lines = filter(str.strip, text.splitlines())
+            lines = filter(str.strip, text.split("\n"))  # strings of JSON may hold U+2028
             text = "\n".join(json.loads(line)["text"] for line in lines)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IntScaleError(

@@ -1,9 +1,10 @@
 """Which weights of a model are multiplied with what.
 
 Whatever architecture a model has, its linear layers and experts end in
-`torch.nn.functional.linear`; that call is watched, and a weight is recognized by its first row, not
-by its name, which differs between files and modules. So fused projections and stacks of experts
-need no table of names.
+`torch.nn.functional.linear`; that call is watched, and a weight is recognized by its values and by
+the numbers of its layer and expert, not by its name, which differs between files and modules. So
+fused projections and stacks of experts need no table of names, and layers that are copies of one
+another are told apart.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -19,10 +21,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from vllm_intscale import reference
+from vllm_intscale.errors import IntScaleError
 from vllm_intscale.quantize.shards import OpenFiles
 from vllm_intscale.quantize.source import FLOAT_DTYPES, SERVED_AS, Matrix, Plan
-
-_STAGE = {**SERVED_AS, "w1": "gate_up_proj", "w3": "gate_up_proj"}
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Watch(TorchFunctionMode):
     """Collects the inputs of the weights in `wanted`, by matrix; `order`: as they are met."""
 
     by_first_row: Mapping[bytes, list[Matrix]]
+    files: OpenFiles
     with_hessians: bool = True
     wanted: set[str] = field(default_factory=set)
     order: dict[str, None] = field(default_factory=dict)
@@ -64,6 +66,9 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._parts: dict[tuple[int, torch.Size], list[Matrix]] = {}
         self._last: tuple[Tensor, Input] | None = None
+        self._layer = ""
+        self._parameters: dict[str, Tensor] = {}  # of the layer, by their names in the model
+        self._layer_of: dict[str, str] = {}  # that each matrix was found in
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -95,43 +100,79 @@ class Watch(TorchFunctionMode):
         """The matrices whose rows a weight consists of, none if there is another among them."""
         key = weight.data_ptr(), weight.shape
         if key not in self._parts:
+            place = self._place_of(weight)
             parts: list[Matrix] = []
             row = 0
-            while row < weight.shape[0]:
-                candidates = self.by_first_row.get(fingerprint(weight[row]), [])
-                fitting = [m for m in candidates if m.name not in self.weights]
-                if not fitting or row + fitting[0].shape[0] > weight.shape[0]:
+            while place and row < weight.shape[0]:
+                m = self._first_of(weight[row:], place, {*self.weights, *(p.name for p in parts)})
+                if m is None:
                     parts = []
                     break
-                parts.append(fitting[0])
-                row += fitting[0].shape[0]
+                parts.append(m)
+                row += m.shape[0]
             row = 0
             for m in parts:
+                if self._layer_of.setdefault(m.name, self._layer) != self._layer:
+                    raise IntScaleError(
+                        f"{m.stored.file}: {m.name} is in {self._layer_of[m.name]} and again in "
+                        f"{self._layer} of transformers' model, but can be quantized for one of "
+                        "them only; quantize with --method rtn"
+                    )
                 self.weights[m.name] = weight[row : row + m.shape[0]]
                 row += m.shape[0]
             self._parts[key] = parts
         return self._parts[key]
 
-    def find_weights(self, layer: torch.nn.Module) -> None:
-        """All of a layer's, also of experts that no token reaches."""
-        for parameter in layer.parameters():
-            if parameter.dim() == 2:
-                self._parts_of(parameter.detach())
-            elif parameter.dim() == 3:
-                for weight in parameter.detach():
-                    self._parts_of(weight)
+    def _place_of(self, weight: Tensor) -> str:
+        """The layer's parameter that a weight lies in, `PARENT.EXPERT.NAME` in a stack; or ""."""
+        for name, parameter in self._parameters.items():
+            offset = weight.data_ptr() - parameter.data_ptr()
+            if not 0 <= offset < parameter.nbytes:
+                continue
+            if parameter.dim() == 3:
+                expert = offset // (parameter.stride(0) * parameter.itemsize)
+                parent, dot, last = name.rpartition(".")
+                name = f"{parent}{dot}{expert}.{last}"
+            return name.removesuffix(".weight")
+        return ""
+
+    def _first_of(self, rows: Tensor, place: str, taken: set[str]) -> Matrix | None:
+        """The matrix that these rows begin with; of equal ones, whose name ends most as `place`."""
+        numbers = numbers_of(place)
+        fitting = [
+            m
+            for m in self.by_first_row.get(fingerprint(rows[0]), [])
+            if m.name not in taken
+            and numbers_of(m.name)[: len(numbers)] == numbers
+            and m.shape[0] <= len(rows)
+            and torch.equal(_stored(m, self.files).to(rows), rows[: m.shape[0]])
+        ]
+        alike = {m.name: len(commonprefix([m.layer[::-1], place[::-1]])) for m in fitting}
+        return max(fitting, key=lambda m: alike[m.name], default=None)
 
     def next_stage(self, names: set[str]) -> None:
         """Collect the inputs of these from now on."""
         self.wanted, self._last = names, None
         self.inputs.clear()
 
-    def next_layer(self) -> None:
-        """Forget the last layer's weights, whose memory another one's may take."""
+    def next_layer(self, name: str, layer: torch.nn.Module) -> None:
+        """Forget the last layer's weights, whose memory another one's may take, and find these.
+
+        All of them, also of experts that no token reaches. name: the layer's in the model. Raises
+        IntScaleError if one of its weights was in an earlier layer.
+        """
         self.next_stage(set())
         self.order.clear()
         self.weights.clear()
         self._parts.clear()
+        self._layer = name
+        self._parameters = {f"{name}.{n}": p.detach() for n, p in layer.named_parameters()}
+        for parameter in self._parameters.values():
+            if parameter.dim() == 2:
+                self._parts_of(parameter)
+            elif parameter.dim() == 3:
+                for weight in parameter:
+                    self._parts_of(weight)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -143,14 +184,24 @@ def first_rows(plan: Plan, files: OpenFiles) -> dict[bytes, list[Matrix]]:
     found: dict[bytes, list[Matrix]] = defaultdict(list)
     for m in plan.matrices:
         if m.scheme or (len(m.shape) == 2 and m.stored.dtype in FLOAT_DTYPES):
-            stored = files.slice(m.stored)
-            row = stored[m.first_row] if m.expert is None else stored[m.expert, m.first_row]
-            found[fingerprint(row)].append(m)
+            found[fingerprint(_stored(m, files, rows=1)[0])].append(m)
     return found
+
+
+def _stored(m: Matrix, files: OpenFiles, rows: int | None = None) -> Tensor:
+    """A matrix as it is in its file, or the first of its rows."""
+    wanted = slice(m.first_row, m.first_row + (rows or m.shape[0]))
+    stored: Tensor = files.slice(m.stored)[wanted if m.expert is None else (m.expert, wanted)]
+    return stored
 
 
 def fingerprint(row: Tensor) -> bytes:
     return row.float().cpu().numpy().tobytes()
+
+
+def numbers_of(name: str) -> list[str]:
+    """Of the layer and, if it is one of several, the expert that a tensor or module belongs to."""
+    return [part for part in name.split(".") if part.isdigit()]
 
 
 def stages(order: dict[str, None]) -> list[set[str]]:
@@ -165,4 +216,4 @@ def stage_of(name: str) -> str:
     """What a weight is served as, with others; all experts of a layer together."""
     layer = re.sub(r"\bexperts\.\d+\.", "experts.", name.removesuffix(".weight"))
     parent, dot, last = layer.rpartition(".")
-    return parent + dot + _STAGE.get(last, last)
+    return parent + dot + SERVED_AS.get(last, last)
