@@ -142,6 +142,10 @@ def test_link_leads_outside(source: Path, out: Path, tmp_path: Path, name: str) 
     (source / name).unlink(missing_ok=True)
     (source / name).symlink_to(tmp_path / "secret")
     assert "leads outside of the model folder" in refusal(source, out)
+    started: list[object] = []
+    with pytest.raises(IntScaleError):
+        quantize_model(str(source), out, on_progress=started.append)
+    assert not started
 
 
 def test_links_of_the_hub_cache_are_followed(source: Path, out: Path, tmp_path: Path) -> None:
@@ -183,6 +187,23 @@ def test_already_quantized(tmp_path: Path, out: Path, place: str) -> None:
     sources.save_model(tmp_path / "source", tensors, **config)
     message = refusal(tmp_path / "source", out)
     assert "already quantized" in message and "unquantized original" in message
+
+
+def test_already_quantized_by_a_tool_that_says_so_elsewhere(tmp_path: Path, out: Path) -> None:
+    """As AutoGPTQ and AutoAWQ did: the remedy named is tried in `test_convert`."""
+    source = Path(__file__).parent / "packed" / "gptq"
+    shutil.copytree(source, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    section = config.pop("quantization_config")
+    (tmp_path / "source/config.json").write_text(json.dumps(config))
+    (tmp_path / "source/quantize_config.json").write_text(json.dumps(section))
+    message = refusal(tmp_path / "source", out)
+    assert "already quantized" in message and "put there what quantize_config.json" in message
+
+
+def test_depth_is_null(tmp_path: Path, out: Path) -> None:
+    sources.save_model(tmp_path / "source", sources.dense(), num_hidden_layers=None)
+    assert quantize_model(str(tmp_path / "source"), out).layers == 5
 
 
 def test_own_output_is_refused_as_source(good_checkpoint: Path, out: Path) -> None:
@@ -228,6 +249,29 @@ def test_layers_that_are_served_as_one_differ(
     assert f"model.layers.0.{fused}: its fused parts" in refusal(tmp_path / "source", out, config)
 
 
+@pytest.mark.parametrize(
+    ("parts", "fused"),
+    [
+        (("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
+        (("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
+        (("in_proj_b", "in_proj_a"), "in_proj_ba"),
+        (("w1", "w3"), "gate_up_proj"),
+    ],
+)
+def test_layers_that_some_models_serve_as_one_differ(
+    tmp_path: Path, out: Path, parts: tuple[str, str], fused: str
+) -> None:
+    names = [f"model.layers.0.x.{part}" for part in parts]
+    tensors = {f"{name}.weight": sources.random_weight(64, 256) for name in names}
+    sources.save_model(tmp_path / "source", sources.dense() | tensors)
+    for config in (
+        CheckpointConfig(ignore=(names[0],)),
+        CheckpointConfig(overrides={names[1]: {"bits": 8}}),
+    ):
+        message = refusal(tmp_path / "source", out, config)
+        assert f"model.layers.0.x.{fused}: its fused parts" in message
+
+
 def test_nothing_to_quantize(source: Path, out: Path) -> None:
     assert "no layer to quantize" in refusal(source, out, CheckpointConfig(ignore=("re:.*",)))
 
@@ -240,6 +284,13 @@ def test_output_is_in_the_way(source: Path, out: Path, name: str) -> None:
     out.with_name(name).mkdir()
     message = refusal(source, out)
     assert name in message and "remove it" in message
+
+
+@pytest.mark.parametrize("name", [".", "..", "/"])
+def test_output_without_a_name(source: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(source)
+    with pytest.raises(IntScaleError, match="exists; remove it or choose another output folder"):
+        quantize_model(str(source), Path(name))
 
 
 def test_output_inside_of_the_source(source: Path) -> None:

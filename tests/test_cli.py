@@ -48,6 +48,15 @@ def test_command_line(
         (["--override", "re:.*down_proj:bits=four"], "PATTERN:KEY=VALUE"),
         (["--override", "re:.*down_proj:colour=4"], "colour"),
         (["--override", "re:.*down_proj:bits=5"], "5"),
+        (
+            ["--override", "re:.*proj:bits=8", "--override", "re:.*proj:group_size=64"],
+            "given twice",
+        ),
+        (
+            ["--recipe", "llama3", "--calibration", "x"]
+            + ["--override", r"re:.*\.mlp\.down_proj:bits=8"],
+            "given twice (--recipe",
+        ),
         (["--ignore", "re:("], "regular expression"),
         (["--ignore", "down_proj"], "no layer has such a name"),
     ],

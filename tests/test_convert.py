@@ -263,6 +263,65 @@ def test_plain_int8_codes_of_compressed_tensors(tmp_path: Path) -> None:
     assert all(torch.equal(packed[name], plain[name]) for name in packed)
 
 
+@pytest.mark.parametrize("form", ["pack-quantized", "int-quantized"])
+def test_int8_zero_points_of_compressed_tensors(form: str, tmp_path: Path) -> None:
+    """Signed, as its int8 codes are: against the library's own arithmetic."""
+    library = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    weights: dict[str, np.ndarray] = {}
+
+    def change(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        config["format"] = form
+        for layer in LAYERS:
+            codes = unpack_codes(tensors[f"{layer}.weight_packed"], 4)
+            zero = nibbles(tensors[f"{layer}.weight_zero_point"], 0)[: len(codes)] - 8
+            tensors[f"{layer}.weight_zero_point"] = torch.from_numpy(zero).to(torch.int8)
+            if form == "int-quantized":
+                tensors[f"{layer}.weight"] = codes
+                del tensors[f"{layer}.weight_packed"]
+            scale = tensors[f"{layer}.weight_scale"].double()
+            zeros = tensors[f"{layer}.weight_zero_point"]
+            weights[layer] = library.dequantize(codes, scale, zeros, dtype=torch.float64).numpy()
+
+    convert_model(str(PACKED / "compressed_tensors_asym"), tmp_path / "packed")
+    folder = changed("compressed_tensors_asym", tmp_path, change)
+    report = convert_model(str(folder), tmp_path / "plain")
+    packed, plain = (load_file(tmp_path / n / "model.safetensors") for n in ("packed", "plain"))
+    assert all(torch.equal(packed[name], plain[name]) for name in packed)
+    for layer, weight in weights.items():
+        found, step = converted_weight(plain, layer)
+        error = relative(found * step - weight, weight)
+        assert report.conversions[layer].error == pytest.approx(error, rel=1e-6) and error < 0.03
+
+
+def test_keys_that_say_nothing(tmp_path: Path) -> None:
+    """As compressed-tensors of all versions writes them."""
+    dense = {"format": "dense", "global_sparsity": 0.1, "sparsity_structure": "unstructured"}
+    said = {
+        **{"transform_config": {"config_groups": {}}, "sparsity_config": dense},
+        **{"kv_cache_scheme": None, "global_compression_ratio": 1.5, "provider": "auto-round"},
+    }
+    folder = changed("compressed_tensors", tmp_path, replace(**said))
+    assert convert_model(str(folder), tmp_path / "out").layers == len(LAYERS)
+
+
+def test_group_size_is_null(tmp_path: Path) -> None:
+    folder = changed("gptq", tmp_path, replace(group_size=None))
+    assert convert_model(str(folder), tmp_path / "out").layers == len(LAYERS)
+
+
+@pytest.mark.parametrize("source", ["gptq", "awq"])
+def test_a_section_that_was_put_into_the_config(source: str, tmp_path: Path) -> None:
+    """What AutoGPTQ and AutoAWQ say in a file of its own lacks the method."""
+
+    def change(_: dict[str, Tensor], config: dict[str, Any]) -> None:
+        kept = {k: config[k] for k in ("bits", "group_size", "sym", "version") if k in config}
+        config.clear()
+        config.update(kept, quant_method=source)
+
+    folder = changed(source, tmp_path, change)
+    assert convert_model(str(folder), tmp_path / "out").layers == len(LAYERS)
+
+
 def test_fixed_amplifier(tmp_path: Path) -> None:
     convert_model(str(PACKED / "gptq"), tmp_path / "out", CheckpointConfig(amplifier=4096))
     tensors = load_file(tmp_path / "out/model.safetensors")
@@ -297,6 +356,32 @@ def as_head(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
         ("gptq", replace(quant_method="fp8"), "method 'fp8' cannot be converted"),
         ("awq", replace(version="gemv"), "version 'gemv' has another layout"),
         ("compressed_tensors", replace(format="float-quantized"), "holds no int4 codes"),
+        (
+            "compressed_tensors",
+            replace(transform_config={"config_groups": {"R4": {"type": "hadamard"}}}),
+            "config.json: transform_config of compressed-tensors is {'config_groups': .* without",
+        ),
+        (
+            "compressed_tensors",
+            replace(kv_cache_scheme={"num_bits": 8, "type": "float"}),
+            "kv_cache_scheme of compressed-tensors is",
+        ),
+        (
+            "compressed_tensors",
+            replace(sparsity_config={"format": "sparse-24-bitmask"}),
+            "sparsity_config of compressed-tensors is",
+        ),
+        ("compressed_tensors", replace(newer_key=True), "newer_key of compressed-tensors is True"),
+        (
+            "compressed_tensors_asym",
+            lambda t, _: t.update({f"{LAYER}.weight_zero_point": torch.ones(1, 256).char()}),
+            r"weight_zero_point is I8 \[1, 256\]; beside scales \[256, 1\] .* I32 \[32, 1\]",
+        ),
+        (
+            "compressed_tensors_asym",
+            lambda t, _: t.update({f"{LAYER}.weight_zero_point": torch.ones(256, 1)}),
+            r"weight_zero_point is F32 \[256, 1\]; .* or I8 \[256, 1\]",
+        ),
         ("gptq", replace(group_size=64), "groups of 128, but .* says 64"),
         ("gptq", without("scales"), f"{LAYER}.scales is missing"),
         ("gptq", put("scales", float("nan")), "has a scale that is NaN or Inf"),

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import sources
+import torch
 
 from vllm_intscale import cli
 from vllm_intscale.checkpoint import read_headers
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import CheckpointConfig, LayerScheme
 from vllm_intscale.inspection import Inspection, inspect_model
-from vllm_intscale.quantize import quantize_model
+from vllm_intscale.quantize import convert_model, quantize_model
 
 MOE = "model.layers.0.mlp"
 
@@ -111,10 +112,32 @@ def test_nothing_but_headers_comes_from_the_hub(
         inspect_model("org/model", [1])
 
 
+@pytest.mark.parametrize("name", ["gptq", "awq_asym", "compressed_tensors"])
+def test_int4_of_other_tools(name: str, tmp_path: Path) -> None:
+    source = Path(__file__).parent / "packed" / name
+    found = inspect_model(str(source), [1])
+    convert_model(str(source), tmp_path / "out")
+    after = inspect_model(str(tmp_path / "out"), [1])
+    assert (found.intscale_bytes, found.layers) == (after.stored_bytes, after.layers)
+    assert found.stored_bytes == sum(t.nbytes for t in read_headers(source).values())
+    assert not found.quantized
+    with pytest.raises(IntScaleError, match="intscale convert"):  # by `quantize --dry-run`
+        inspect_model(str(source), [1], wanted=CheckpointConfig())
+
+
+def test_an_empty_tensor(tmp_path: Path) -> None:
+    sources.save_model(tmp_path, sources.dense())
+    without = inspect_model(str(tmp_path), [1])
+    sources.change_tensors(tmp_path, {"empty": torch.empty(0, 4)})
+    found = inspect_model(str(tmp_path), [1])
+    assert found.intscale_bytes == without.intscale_bytes
+    assert found.left["not a linear layer"] == without.left["not a linear layer"] + 1
+
+
 def test_broken_checkpoint(source: Path, tmp_path: Path) -> None:
     quantize_model(str(source), tmp_path / "out", CheckpointConfig())
     sources.change_json(tmp_path / "out" / "config.json", quantization_config={"bits": 3})
-    with pytest.raises(IntScaleError, match="already quantized"):  # by a method that is not named
+    with pytest.raises(IntScaleError, match="quant_method '' cannot be converted"):
         inspect_model(str(tmp_path / "out"), [1])
     broken = {"quant_method": "intscale", "format_version": 1, "bits": 3}
     sources.change_json(tmp_path / "out" / "config.json", quantization_config=broken)

@@ -41,7 +41,8 @@ def check(source: Path, out: Path) -> None:
     wanted = load_file(written(source, out) / "model.safetensors")
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (found[name], tensor))), name
     config = read_config(out)["quantization_config"]
     for section in (config, ours := plan.config.to_dict()):
         section.pop("source")  # says how it was made
@@ -58,6 +59,16 @@ def test_rounded_tensors(tmp_path: Path) -> None:
     sources.save_model(tmp_path / "source", sources.fused_experts(), model_type="qwen3_moe")
     check(tmp_path / "source", tmp_path / "experts")
     check(PACKED / "unquantized", tmp_path / "dense")
+
+
+def test_what_is_not_quantized_keeps_its_dtype(tmp_path: Path) -> None:
+    """Buffers of any dtype and shape, and experts of a tower that is left as it is."""
+    tensors = sources.dense() | sources.fused_experts("visual.blocks.0.mlp")
+    for dtype in (torch.int64, torch.bool, torch.uint8, torch.int8, torch.float8_e4m3fn):
+        for i, shape in enumerate([(), (0, 4), (2, 3)]):
+            tensors[f"visual.{str(dtype)[6:]}_{i}"] = torch.ones(shape).to(dtype)
+    sources.save_model(tmp_path / "source", tensors)
+    check(tmp_path / "source", tmp_path / "out")
 
 
 def start(folder: Path, **settings: Any) -> Any:

@@ -12,8 +12,10 @@ import pytest
 from fake_hub import Hub, running_hub
 from huggingface_hub import ModelCard
 
+from vllm_intscale.errors import IntScaleError
+from vllm_intscale.push import model_card
 from vllm_intscale.quantize import quantize_model
-from vllm_intscale.verify import verify
+from vllm_intscale.verify import SUMS, verify
 
 SOURCE = Path(__file__).parents[1] / "serving_examples" / "tiny-llama"
 TOKEN = "hf_of_the_test"
@@ -61,8 +63,6 @@ def out(tmp_path: Path) -> Path:
 
 
 def test_licence_of_the_source_stays(out: Path) -> None:
-    from vllm_intscale.push import model_card
-
     (out / "README.md").write_text("---\nlicense: llama3\n---\n# Some model\n")
     card = ModelCard(model_card(out, "me/other"))
     assert card.data.license == "llama3" and card.text.strip().startswith("# other")
@@ -75,6 +75,28 @@ def test_what_the_hub_refuses_is_one_line(out: Path, tmp_path: Path) -> None:
         code, _, error = intscale(hub, tmp_path, "push", "out", "no such/name")
         assert code == 1 and len(error.splitlines()) == 1
         assert not hub.files
+
+
+def test_a_hub_out_of_reach_is_one_line(out: Path, tmp_path: Path) -> None:
+    with running_hub(TOKEN) as hub:
+        pass
+    code, _, error = intscale(hub, tmp_path, "push", "out", "me/tiny")
+    assert code == 1 and "check the network" in error and len(error.splitlines()) == 1
+
+
+def test_a_card_that_is_broken_is_one_line(out: Path) -> None:
+    """And the remedy works."""
+    for head in ("license: [a", "just text"):
+        (out / "README.md").write_text(f"---\n{head}\n---\n# Some model\n")
+        with pytest.raises(
+            IntScaleError, match="which name the licence, .* remove SHA256SUMS"
+        ) as e:
+            model_card(out, "me/other")
+        assert "\n" not in str(e.value)
+    (out / "README.md").write_text("---\nlicense: llama3\n---\n# Some model\n")
+    (out / SUMS).unlink()
+    verify(out)
+    assert "license: llama3" in model_card(out, "me/other")
 
 
 def test_what_is_not_in_order_is_not_uploaded(out: Path, tmp_path: Path) -> None:

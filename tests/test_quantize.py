@@ -85,16 +85,45 @@ def test_one_nibble_counts(tmp_path: Path) -> None:
     assert changed.tolist() == [[5, 3 * 8 + 2]]
 
 
-def test_patterns_from_the_beginning_are_spelled_out(tmp_path: Path) -> None:
-    """vLLM renames a model's first parts, and cannot rename patterns."""
+def test_what_patterns_match_is_spelled_out(tmp_path: Path) -> None:
+    """The first that matches counts, as for the patterns; and none is written."""
     sources.save_model(tmp_path / "source", sources.dense(), hidden_size=256)
-    anchored, open_ended = r"re:model\.layers\.0\..*\.q_proj", r"re:.*\.[kv]_proj"
-    eight = {"bits": 8, "max_group_scale": 1}
-    config = CheckpointConfig(overrides={anchored: eight, open_ended: eight})
+    eight, coarse = {"bits": 8, "max_group_scale": 1}, {"max_group_scale": 15}
+    patterns = {r"re:model\.layers\.0\.self_attn\..*": eight, "re:.*_proj": coarse}
+    config = CheckpointConfig(overrides={**patterns, DOWN: eight})
+    quantize_model(str(tmp_path / "source"), tmp_path / "out", config)
+    written = validate_checkpoint(tmp_path / "out").overrides
+    assert written == {
+        **dict.fromkeys((Q, Q.replace("q_proj", "k_proj")), eight),
+        **dict.fromkeys(GATE_UP, coarse),
+        DOWN: {**eight, "group_size": 32},
+    }
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"re:.*language_model\.layers\.0\.mlp\.down_proj", r"re:.*\.mlp\.down_proj", "re:.*down_proj"],
+)
+def test_overrides_survive_the_names_of_vllm(tmp_path: Path, pattern: str) -> None:
+    """Where it renames the first parts of a model's layers, as of Qwen2.5-VL's."""
+    plugin = pytest.importorskip("vllm_intscale.plugin")
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    prefixes = {"model.language_model.": "language_model.model."}
+    tensors = sources.dense() | {f"{DOWN}.weight": sources.random_weight(256, 384)}
+    tensors = {
+        n.replace("model.layers", "model.language_model.layers"): tensors[n] for n in tensors
+    }
+    sources.save_model(tmp_path / "source", tensors)
+    config = CheckpointConfig(overrides={pattern: {"bits": 8, "max_group_scale": 1}})
     quantize_model(str(tmp_path / "source"), tmp_path / "out", config)
     written = validate_checkpoint(tmp_path / "out")
-    assert written.overrides[Q] == eight
-    assert Q.replace("q_proj", "k_proj") not in written.overrides
+    served = plugin.IntScaleConfig(written)
+    served.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=prefixes))
+    for name, bits in (("down_proj", 8), ("up_proj", 4)):
+        stored = written.scheme_of(f"model.language_model.layers.0.mlp.{name}")
+        assert stored and stored.bits == bits
+        assert served.checkpoint.scheme_of(f"language_model.model.layers.0.mlp.{name}") == stored
 
 
 @pytest.mark.parametrize("pattern", ["re:.*down_proj", DOWN])
@@ -106,7 +135,7 @@ def test_config_names_every_exception(tmp_path: Path, pattern: str) -> None:
     report = quantize_model(str(tmp_path / "source"), tmp_path / "out", config)
     written = validate_checkpoint(tmp_path / "out")
     assert written.ignore == ("lm_head", *GATE_UP)
-    assert set(written.overrides) == {DOWN, pattern}
+    assert set(written.overrides) == {DOWN}
     assert written.scheme_of(DOWN) == LayerScheme(group_size=32, max_group_scale=1000)
     assert written.scheme_of(Q) == LayerScheme()
     assert written.source.keys() == {"model", "version", "method"}

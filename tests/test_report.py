@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import sources
 import torch
 from safetensors.torch import load_file
 
@@ -105,3 +106,20 @@ def test_page_proposes_what_works(tmp_path: Path) -> None:
     assert finer[worst]["scheme"] == "W4A8 g32"
     quantize_model(str(SOURCE), tmp_path / "less", CheckpointConfig(ignore=tuple(ignored)))
     assert worst not in json.loads((tmp_path / "less/report.json").read_text())["layers"]
+
+
+def test_what_is_served_as_one_is_proposed_as_one(tmp_path: Path) -> None:
+    """Of latent attention, and of linear attention beside it."""
+    parts = ("q_a_proj", "kv_a_proj_with_mqa", "in_proj_qkv", "in_proj_z", "o_proj")
+    names = [f"model.layers.0.self_attn.{part}" for part in parts]
+    tensors = {f"{name}.weight": sources.random_weight(64, 256) for name in names}
+    sources.save_model(tmp_path / "source", tensors)
+    quantize_model(str(tmp_path / "source"), tmp_path / "out")
+    page = Text()
+    page.feed((tmp_path / "out/report.html").read_text())
+    attention = r"re:model\.layers\.0\.self_attn\."
+    assert set(re.findall(r"--ignore '(.*)'", page.text)) == {
+        f"{attention}(kv_a_proj_with_mqa|q_a_proj)",
+        f"{attention}(in_proj_qkv|in_proj_z)",
+        names[-1],
+    }

@@ -121,6 +121,24 @@ def test_another_text_is_refused(tmp_path: Path) -> None:
         )
 
 
+def test_what_fails_after_all_tensors_keeps_them(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a disk that is full when the tokenizer comes."""
+    monkeypatch.setattr(journal, "SYNC_BYTES", 0)
+    (source / "tokenizer.json").write_text("{}")
+    whole = quantize_model(str(source), tmp_path / "whole")
+    with monkeypatch.context() as broken:
+        broken.setattr(stream, "_copy_files", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantize_model(str(source), tmp_path / "out")
+    written = []
+    monkeypatch.setattr(stream._Work, "write", lambda self, m: written.append(m.name))
+    assert quantize_model(str(source), tmp_path / "out", resume=True) == whole
+    assert not written
+    assert (tmp_path / "out" / SUMS).read_text() == (tmp_path / "whole" / SUMS).read_text()
+
+
 def test_command_line(source: Path, tmp_path: Path) -> None:
     kill("quantize", source, tmp_path / "out")
     command = [sys.executable, "-m", "vllm_intscale", "quantize", source, tmp_path / "out"]

@@ -157,3 +157,8 @@ def test_command(
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert str(stop.value.code).startswith("intscale: error: ")
+
+
+def test_hashes_that_are_no_text(checkpoint: Path) -> None:
+    (checkpoint / SUMS).write_bytes(b"\xff\xfe\n")
+    assert f"{SUMS}: line 1 is not a hash and a name" in complaint(checkpoint)

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -165,10 +166,7 @@ def quantize(
         amplifier=_parse_amplifier(amplifier),
         max_group_scale=max_group_scale,
         ignore=tuple(ignore or ()),
-        overrides={
-            **dict(map(_parse_override, override or ())),
-            **(RECIPES[recipe] if recipe else {}),
-        },
+        overrides=_overrides(override or (), recipe),
         source={"command": _command()},
     )
     if dry_run:
@@ -233,8 +231,8 @@ def inspect_command(
 ) -> None:
     """What a model weighs and on how many GPUs it can run, before anything is downloaded.
 
-    Of a model that is not quantized, what `quantize` would make of it. The last line on stdout is
-    JSON.
+    Of a model that is not quantized, what `quantize` would make of it; of one that other tools have
+    quantized to int4, in a folder, what `convert` would. The last line on stdout is JSON.
     """
     from vllm_intscale.inspection import inspect_model
 
@@ -381,6 +379,20 @@ def _command() -> str:
 def _parse_amplifier(value: str) -> Amplifier:
     # What is neither a name nor a number is refused by the config, as every other value.
     return int(value) if value.isdecimal() else value  # type: ignore[return-value]
+
+
+def _overrides(given: Sequence[str], recipe: Recipe | None) -> dict[str, dict[str, int]]:
+    """The user's, then the recipe's: the first match counts."""
+    overrides: dict[str, dict[str, int]] = {}
+    of_recipe = RECIPES[recipe].items() if recipe else ()
+    for pattern, fields in (*map(_parse_override, given), *of_recipe):
+        if pattern in overrides:
+            raise IntScaleError(
+                f"--override {pattern} is given twice (--recipe gives some, too); give it once, "
+                "with all of its settings: PATTERN:KEY=VALUE,KEY=VALUE"
+            )
+        overrides[pattern] = fields
+    return overrides
 
 
 def _parse_override(value: str) -> tuple[str, dict[str, int]]:

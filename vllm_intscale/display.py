@@ -121,8 +121,8 @@ def print_report(report: Report, seconds: float) -> None:
     if report.uncalibrated:
         names = ", ".join(report.uncalibrated[:2]) + (", ..." if report.uncalibrated[2:] else "")
         print(
-            f"Rounded     {len(report.uncalibrated)} layers to nearest, which too little of the "
-            f"text reaches: {names}"
+            f"Rounded     {len(report.uncalibrated)} layers to nearest, which the text does "
+            f"not reach, or too little of it: {names}"
         )
     _print_conversions(report)
     print(f"Scales      {report.lost_groups} rounded to 0, which makes the group's weights 0")

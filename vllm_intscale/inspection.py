@@ -5,6 +5,7 @@ Of a model on the hub only config.json and the headers of its safetensors are fe
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -28,6 +29,7 @@ from vllm_intscale.format import (
     LayerScheme,
     largest_group_size,
 )
+from vllm_intscale.quantize import plan_live
 from vllm_intscale.quantize.source import decide, reaching_hub
 
 # How vLLM's models divide the layers of these names among tensor-parallel ranks: by inputs, or not
@@ -63,7 +65,7 @@ class Inspection(NamedTuple):
     """What is known of a model. Sizes are in bytes, of all its tensors.
 
     quantized: whether it is an intscale checkpoint. Otherwise layers and intscale_bytes are what
-    `intscale quantize` makes of it.
+    `intscale quantize` makes of it, or of int4 layers `intscale convert`.
     """
 
     model: str
@@ -84,7 +86,7 @@ def inspect_model(
 ) -> Inspection:
     """Look at a folder or hub id; see `Inspection`.
 
-    wanted: how it shall be quantized, instead of by default; an intscale checkpoint is refused.
+    wanted: how it shall be quantized, instead of by default; what is quantized already is refused.
 
     Raises IntScaleError if the source is neither folder nor hub id, or cannot be quantized.
     """
@@ -97,13 +99,15 @@ def inspect_model(
     if quantized:
         layers, intscale_bytes = _quantized_layers(Path(source), stored, config), stored_bytes
     else:
-        matrices = decide(Path(source), stored, config, wanted or CheckpointConfig()).matrices
+        if wanted is None and Path(source).is_dir():
+            matrices = plan_live(source).matrices
+        else:  # of a hub id there are only headers, which say too little of int4 layers
+            matrices = decide(Path(source), stored, config, wanted or CheckpointConfig()).matrices
         layers, intscale_bytes = [], 0
         for matrix in matrices:
             if matrix.scheme is None:
                 left[matrix.left] += 1
-                whole = matrix.stored.nbytes
-                intscale_bytes += whole * math.prod(matrix.shape) // math.prod(matrix.stored.shape)
+                intscale_bytes += dataclasses.replace(matrix.stored, shape=matrix.shape).nbytes
             else:
                 n, k = matrix.shape
                 layers.append(Layer(matrix.layer, n, k, matrix.scheme))

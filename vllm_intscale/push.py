@@ -11,7 +11,7 @@ from vllm_intscale import __version__
 from vllm_intscale.checkpoint import CONFIG, read_config
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import CheckpointConfig
-from vllm_intscale.verify import verify, write_sums
+from vllm_intscale.verify import SUMS, verify, write_sums
 
 CARD = "README.md"
 PROJECT = "vllm_intscale"
@@ -59,7 +59,6 @@ def push(
     Raises IntScaleError if the checkpoint is not in order, or if the hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     verify(folder, on_progress)
     (folder / CARD).write_text(model_card(folder, repository, scores))
@@ -73,11 +72,11 @@ def push(
             folder_path=folder,
             commit_message=f"W4A8 with integer scales, {PROJECT} {__version__}",
         )
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # any of a dozen types of three libraries
+        reason = " ".join(str(error).split()) or repr(error)
         raise IntScaleError(
-            f"{repository} cannot be uploaded: {reason}; log in with a token that may write there: "
-            "hf auth login"
+            f"{repository} cannot be uploaded: {reason}; check the network and log in with a token "
+            "that may write there: hf auth login"
         ) from error
     return str(address)
 
@@ -118,7 +117,14 @@ def _license(folder: Path) -> str | None:
 
     if not (folder / CARD).is_file():
         return None
-    data: Any = ModelCard.load(folder / CARD).data
+    try:
+        data: Any = ModelCard.load(folder / CARD).data
+    except Exception as error:  # the parser's, or that there is no mapping
+        reason = " ".join(str(error).split())
+        raise IntScaleError(
+            f"{folder / CARD}: its metadata, which name the licence, are not YAML ({reason}); "
+            f"correct them and remove {SUMS}, which push writes again"
+        ) from None
     found: str | None = data.license
     return found
 

@@ -75,7 +75,7 @@ def verify(folder: Path, on_progress: Callable[[str], None] = lambda _: None) ->
 def _check_sums(folder: Path, on_progress: Callable[[str], None]) -> int:
     if not (folder / SUMS).exists():
         return 0
-    lines = inside(folder, SUMS).read_text().splitlines()
+    lines = inside(folder, SUMS).read_text(errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         digest, _, name = line.partition("  ")
         if len(digest) != 64 or not name:

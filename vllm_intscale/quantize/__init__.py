@@ -43,7 +43,8 @@ def quantize_model(
     run of the same request was killed, if there was one. calibration: a text, for whose activations
     the model is smoothed and codes or scales are chosen; without, weights are rounded to nearest.
 
-    Raises IntScaleError, and leaves nothing behind, if anything is not as it must be.
+    Raises IntScaleError if anything is not as it must be, and leaves nothing behind, or all tensors
+    if they are written (`write_checkpoint`).
     """
     check_output(Path(out), resume=resume)  # before a download that may take hours
     folder = resolve(source, revision)
@@ -76,7 +77,8 @@ def convert_model(
     neighbours in k, are rounded again. `Report.conversions` has the loss of each layer. revision,
     on_progress, resume: as for `quantize_model`.
 
-    Raises IntScaleError, and leaves nothing behind, if anything is not as it must be.
+    Raises IntScaleError if anything is not as it must be, and leaves nothing behind, or all tensors
+    if they are written (`write_checkpoint`).
     """
     config = config or CheckpointConfig()
     if config.amplifier == "heuristic":

@@ -6,18 +6,21 @@
     awq                  qweight [K, N/8]         scales        qzeros
                                                   [G, N]        [G, N/8]
     compressed-tensors   weight_packed [N, K/8],  weight_scale  weight_zero_point  weight_g_idx [K]
-                         or weight [N, K] int8    [N, G]        [N/8, G]
+                         or weight [N, K] int8    [N, G]        [N/8, G], or
+                                                                [N, G] int8
 
     weight[n, k] = (code - zero)[n, k] * scale[n, group of k]
 
 Words are int32 and hold eight codes 0..15 along the divided dimension, lowest bits first, AWQ's in
-the order of `AWQ_ORDER`; compressed-tensors stores its signed codes plus 8. GPTQ has two versions:
-the first stores zero points less 1. AutoRound writes all of these.
+the order of `AWQ_ORDER`; compressed-tensors stores its signed codes and zero points plus 8, those
+that are int8 as they are. GPTQ has two versions: the first stores zero points less 1. AutoRound
+writes all of these.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +43,12 @@ _PARTS = {
         *("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_g_idx"),
         "weight_shape",
     ),
+}
+# Of compressed-tensors' config: read here, or without influence on what a layer computes.
+_COMPRESSED_KEYS = {
+    *("quant_method", "format", "config_groups", "ignore", "version", "quantization_status"),
+    *("global_compression_ratio", "provider", "run_compressed", "dequantize"),
+    *("use_optimized_inference", "total_num_heads", "total_num_kv_heads"),
 }
 CENTER = 8  # the zero point of symmetric codes
 ROWS = 8  # are read in multiples of a word's codes
@@ -87,8 +96,11 @@ class PackedLayer:
             else:
                 codes = _unsigned(read(self.parts["weight_packed"])[first:end])[:, : self.shape[1]]
             if (zeros := self.parts.get("weight_zero_point")) is not None:
-                words = read(zeros)[first // ROWS : -(-end // ROWS)]
-                zero = _unsigned(words.t().contiguous()).t()[: end - first]
+                if zeros.dtype == "I8":
+                    zero = read(zeros)[first:end] + CENTER
+                else:
+                    words = read(zeros)[first // ROWS : -(-end // ROWS)]
+                    zero = _unsigned(words.t().contiguous()).t()[: end - first]
         elif self.layout == GPTQ:
             scale = read(self.parts["scales"])[:, first:end].t()
             codes = _unsigned(read(self.parts["qweight"])[:, first:end].t())
@@ -146,7 +158,7 @@ def read_packed(
                 "download the model again"
             )
         layers[layer] = _packed_layer(layer, layout, parts, read)
-    said = config.get("group_size", config.get("q_group_size", -1))
+    said = config.get("group_size") or config.get("q_group_size") or -1
     for name, p in layers.items():
         if p.group_size != said and 0 < said < p.shape[1]:  # or words of other than 4 bits
             raise IntScaleError(
@@ -188,6 +200,7 @@ def _layout(folder: Path, config: Mapping[str, Any]) -> str:
                 f"{where}: format {config.get('format')!r} of compressed-tensors holds no int4 "
                 "codes; supported are pack-quantized and int-quantized"
             )
+        _refuse_other_arithmetic(where, config)
         groups = config.get("config_groups") or {}
         widths = {g["weights"]["num_bits"] for g in groups.values() if g.get("weights")}
         bits = 4 if widths == {4} else sorted(widths)
@@ -206,6 +219,22 @@ def _layout(folder: Path, config: Mapping[str, Any]) -> str:
             f"{where}: AWQ's version {config['version']!r} has another layout; supported is gemm"
         )
     return layout
+
+
+def _refuse_other_arithmetic(where: Path, config: Mapping[str, Any]) -> None:
+    """Raise for what compressed-tensors can say of a model beyond its int4 weights.
+
+    Rotations at run time (`transform_config`) would be lost without a trace: every shape fits.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict) and (value.get("format") == "dense" or not any(value.values())):
+            continue  # neither sparse nor transformed, spelled out
+        if value and key not in _COMPRESSED_KEYS:
+            raise IntScaleError(
+                f"{where}: {key} of compressed-tensors is {reprlib.repr(value)}; only int4 weights "
+                "can be converted, not what else changes the layers' outputs: start from a "
+                "checkpoint without it"
+            )
 
 
 def _is_code(layout: str, tensor: StoredTensor) -> bool:
@@ -244,6 +273,14 @@ def _packed_layer(
     zeros = parts.get("qzeros")
     if rows != n or (zeros and zeros.shape != (groups, n // 8)):
         raise misfit
+    zeros = parts.get("weight_zero_point")
+    expected = {"I32": (-(-n // ROWS), groups), "I8": (n, groups)}
+    if zeros and zeros.shape != expected.get(zeros.dtype):
+        raise IntScaleError(
+            f"{where}.weight_zero_point is {zeros.dtype} {list(zeros.shape)}; beside scales "
+            f"{list(scale.shape)} it must be I32 {list(expected['I32'])} or I8 "
+            f"{list(expected['I8'])}: download the model again"
+        )
     group_of = None
     order = parts.get("g_idx") or parts.get("weight_g_idx")
     if order is not None:

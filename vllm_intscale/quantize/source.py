@@ -23,7 +23,6 @@ from vllm_intscale.format import (
     CheckpointConfig,
     LayerScheme,
     check_agreement,
-    is_pattern,
     largest_group_size,
     matches,
 )
@@ -56,7 +55,10 @@ _FUSED_EXPERTS = re.compile(r"(.*\bexperts)\.(gate_up_proj|down_proj)(\.weight)?
 # Projections that vLLM fuses, in nearly all of its models; so it does all experts of a layer.
 SERVED_AS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj"),
+    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
+    **dict.fromkeys(("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
+    **dict.fromkeys(("in_proj_b", "in_proj_a"), "in_proj_ba"),
 }
 _PACKED_EXPERTS = re.compile(r"expert|\bmoe\b|_moe\b")
 
@@ -153,7 +155,7 @@ def decide(
     packed: layers that are quantized already; then only these are, again or still.
     """
     if not packed:
-        _refuse_quantized(folder, model_config)
+        _refuse_quantized(folder, stored, model_config)
     text_config = model_config.get("text_config") or model_config
     model_type = str(text_config.get("model_type", model_config.get("model_type")))
     if model_type in TRANSPOSED_MODELS:
@@ -161,7 +163,7 @@ def decide(
             f"{folder / CONFIG}: models of model_type {model_type} are not supported, they store "
             "weights transposed; choose a model of another type"
         )
-    depth = int(text_config.get("num_hidden_layers", 1 << 30))
+    depth = int(text_config.get("num_hidden_layers") or 1 << 30)
 
     matrices = []
     for matrix in (m for t in stored.values() for m in _unstack(t, stored, model_type)):
@@ -181,14 +183,14 @@ def decide(
     _check_quantizable(folder, matrices)
     matrices = _fit_group_sizes(matrices)
 
-    named, fitted = _named_overrides(wanted, matrices), _fitted_overrides(wanted, matrices)
-    overrides = {**wanted.overrides, **named, **fitted}
     ignore = tuple(m.layer for m in matrices if m.left and _looks_linear(m))
-    config = dataclasses.replace(wanted, ignore=ignore, overrides=overrides)
+    config = dataclasses.replace(wanted, ignore=ignore, overrides=_overrides(wanted, matrices))
     return Plan(folder, matrices, model_config, config)
 
 
-def _refuse_quantized(folder: Path, model_config: Mapping[str, Any]) -> None:
+def _refuse_quantized(
+    folder: Path, stored: Mapping[str, StoredTensor], model_config: Mapping[str, Any]
+) -> None:
     for section in (model_config, model_config.get("text_config") or {}):
         for key in QUANTIZATION_KEYS:
             if found := section.get(key):
@@ -198,6 +200,13 @@ def _refuse_quantized(folder: Path, model_config: Mapping[str, Any]) -> None:
                     f"{method!r}); start from its unquantized original, or, if its weights are "
                     "int4, use: intscale convert"
                 )
+    for tensor in stored.values():
+        if tensor.name.endswith(".qzeros"):  # of AutoGPTQ or AutoAWQ, which had files of their own
+            raise IntScaleError(
+                f"{tensor.file}: the model is already quantized, it has {tensor.name}, but "
+                f"{CONFIG} has no quantization_config; put there what quantize_config.json (with "
+                "quant_method gptq) or quant_config.json (awq) says, then use: intscale convert"
+            )
 
 
 def _unstack(
@@ -328,25 +337,17 @@ def _fit_group_sizes(matrices: list[Matrix]) -> list[Matrix]:
     return fitted
 
 
-def _named_overrides(
-    wanted: CheckpointConfig, matrices: Iterable[Matrix]
-) -> dict[str, Mapping[str, int]]:
-    """An entry for each layer that a pattern names from its beginning, which vLLM may rename."""
-    patterns = [p for p in wanted.overrides if is_pattern(p) and not p.startswith("re:.*")]
-    return {
-        m.layer: wanted.override_of(m.layer)
-        for m in matrices
-        if m.scheme and any(matches(pattern, m.layer) for pattern in patterns)
-    }
+def _overrides(wanted: CheckpointConfig, matrices: Iterable[Matrix]) -> dict[str, dict[str, int]]:
+    """An entry for each layer that deviates, as wanted or for the group size that fits it.
 
-
-def _fitted_overrides(
-    wanted: CheckpointConfig, matrices: Iterable[Matrix]
-) -> dict[str, dict[str, int]]:
-    """An entry for each layer whose group size is not the one that was wanted."""
+    By full names only: vLLM renames layers, and what a pattern matches would change with that.
+    """
     overrides = {}
     for m in matrices:
-        if m.scheme and m.scheme != wanted.scheme_of(m.layer):
-            group_size = m.scheme.group_size
-            overrides[m.layer] = {**wanted.override_of(m.layer), "group_size": group_size}
+        if m.scheme:
+            fields = dict(wanted.override_of(m.layer))
+            if m.scheme != wanted.scheme_of(m.layer):
+                fields["group_size"] = m.scheme.group_size
+            if fields:
+                overrides[m.layer] = fields
     return overrides

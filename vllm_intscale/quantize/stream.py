@@ -64,14 +64,16 @@ def write_checkpoint(
 ) -> Report:
     """Quantize and write the whole checkpoint to the new folder `out`, or nothing at all.
 
-    Everything goes to `out` + ".partial" first, which is removed on any exception. search: see
-    `rtn.quantize_rows`. resume: go on with such a folder of the same request, whose run was killed.
-    calibration: quantize what it reaches by its method.
+    Everything goes to `out` + ".partial" first. An exception removes it, unless all tensors are
+    written: then it stays, to be resumed. search: see `rtn.quantize_rows`. resume: go on with such
+    a folder of the same request, whose run was killed. calibration: quantize what it reaches by its
+    method.
 
-    Raises IntScaleError if a folder is in the way, the disk too small, a weight NaN or infinite,
-    or the chosen amplifier too large.
+    Raises IntScaleError if a folder is in the way, the disk too small, a link leads outside of the
+    model folder, a weight is NaN or infinite, or the chosen amplifier too large.
     """
     partial = check_output(out, plan.folder, resume)
+    other_files = _other_files(plan.folder)
     specs = [spec for m in plan.matrices for spec in _specs(m)]
     needed, free = sum(s.nbytes for s in specs), shutil.disk_usage(partial.parent).free
     if partial.exists():
@@ -91,28 +93,28 @@ def write_checkpoint(
                         f"{partial} lacks files that {JOURNAL} says were written; start again"
                     )
                 report = _write_all(plan, writer, journal, on_progress, search, calibration)
-            _copy_other_files(plan.folder, partial)
-            model_config = {**plan.model_config, "quantization_config": plan.config.to_dict()}
-            (partial / CONFIG).write_text(json.dumps(model_config, indent=2) + "\n")
-            write_report(partial, report, plan.config)
-            validate_checkpoint(partial)
-            write_sums(partial, {journal.path})
-            for path in (*partial.rglob("*"), partial):
-                _fsync(path)
-            journal.path.unlink()
-            partial.rename(out)
-            _fsync(out.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        _copy_files(other_files, partial)
+        model_config = {**plan.model_config, "quantization_config": plan.config.to_dict()}
+        (partial / CONFIG).write_text(json.dumps(model_config, indent=2) + "\n")
+        write_report(partial, report, plan.config)
+        validate_checkpoint(partial)
+        write_sums(partial, {journal.path})
+        for path in (*partial.rglob("*"), partial):
+            _fsync(path)
+        journal.path.unlink()
+        partial.rename(out)
+        _fsync(out.parent)
     return report
 
 
 def check_output(out: Path, source: Path | None = None, resume: bool = False) -> Path:
     """The partial folder to write to before it becomes `out`; IntScaleError if it is in the way."""
-    partial = out.with_name(out.name + ".partial")
     if out.exists() or out.is_symlink():
         raise IntScaleError(f"{out} exists; remove it or choose another output folder")
+    partial = out.with_name(out.name + ".partial")
     if not resume and (partial.exists() or partial.is_symlink()):
         raise IntScaleError(
             f"{partial} belongs to a run that was killed or still runs; go on with it by --resume, "
@@ -179,13 +181,19 @@ def read_quantized(plan: Plan) -> Iterator[tuple[str, Tensor]]:
     """The tensors that `write_checkpoint` would write, one matrix in memory at a time."""
     with make_workers() as workers, OpenFiles() as files:
         for m in plan.matrices:
-            held = _Held(_specs(m))
-            _Work(files, workers, held, plan.config.amplifier, search=False).write(m)
-            yield from held.tensors.items()
+            if m.scheme is None:
+                stored = files.slice(m.stored)
+                if m.expert is not None:
+                    stored = stored[m.expert, m.first_row : m.first_row + m.shape[0]]
+                yield m.name, stored[...]
+            else:
+                held = _Held(_specs(m))
+                _Work(files, workers, held, plan.config.amplifier, search=False).write(m)
+                yield from held.tensors.items()
 
 
 class _Held:
-    """Instead of files: the tensors of a matrix in memory."""
+    """Instead of files: the tensors of a quantized matrix in memory."""
 
     def __init__(self, specs: list[TensorSpec]) -> None:
         self.tensors = {
@@ -193,10 +201,7 @@ class _Held:
         }
 
     def write(self, name: str, row: int, rows: Tensor) -> None:
-        tensor = self.tensors[name]
-        if tensor.dim():
-            tensor = tensor[row : row + rows.shape[0]]
-        tensor.copy_(rows)
+        self.tensors[name][row : row + rows.shape[0]] = rows
 
     def read(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -357,17 +362,27 @@ def _source_bytes(m: Matrix) -> int:
     return TensorSpec(m.name, m.stored.dtype, m.shape).nbytes
 
 
-def _copy_other_files(source: Path, target: Path) -> None:
-    """Copy every file that is not a weight: tokenizer, templates, remote code, licence, ..."""
+def _other_files(source: Path) -> dict[Path, Path]:
+    """Every file that is not a weight (tokenizer, templates, remote code, licence), by its name.
+
+    Raises IntScaleError for a link that leads outside of the model folder.
+    """
     weights = ("*.safetensors", "*.safetensors.index*.json", "*.bin.index*.json", *OTHER_WEIGHTS)
     weights += QUANTIZATION_CONFIGS
+    found = {}
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)
         hidden = any(part.startswith(".") for part in name.parts)
         if hidden or not path.is_file() or any(fnmatch(path.name, w) for w in weights):
             continue
+        found[name] = inside(source, str(name))
+    return found
+
+
+def _copy_files(files: Mapping[Path, Path], target: Path) -> None:
+    for name, path in files.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(inside(source, str(name)), target / name)
+        shutil.copyfile(path, target / name)
 
 
 def _fsync(path: Path) -> None:
