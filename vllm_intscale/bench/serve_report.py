@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     step = "gpu_step_ms" if all(found["gpu_step_ms"] for found in steps) else "step_ms"
     label = "milliseconds of a step" + (" that the GPU is busy" if step != "step_ms" else "")
     panels = [
-        ("decode", _figure(step), label),
-        ("serve", _figure("output_tokens_per_second"), "tokens a second"),
-        ("serve", _figure("p99_tpot_ms"), "milliseconds a token, 99 % below"),
+        ("decode", step, label),
+        ("serve", "output_tokens_per_second", "tokens a second"),
+        ("serve", "p99_tpot_ms", "milliseconds a token, 99 % below"),
     ]
     panels = [panel for panel in panels if any(r.what == panel[0] for r in rows)]
     if not panels:
@@ -104,10 +104,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         1, len(panels), figsize=(2 + 4.5 * len(panels), 5), squeeze=False, layout="constrained"
     )
     names = list(dict.fromkeys(row.configuration for row in rows))
-    for axes, (what, value, label) in zip(grid[0], panels, strict=True):
+    for axes, (what, quantity, label) in zip(grid[0], panels, strict=True):
         for i, name in enumerate(names):
             chosen = [r for r in rows if r.configuration == name and r.what == what]
-            points = sorted((r.batch, value(r.found or {})) for r in chosen)
+            points = sorted((r.batch, (r.found or {}).get(quantity)) for r in chosen)
             if points:
                 ours = {"color": "black", "linewidth": 2.5, "zorder": 3}
                 other = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
@@ -124,10 +124,3 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         handles=drawn.values(), fontsize="small", ncols=2 + len(panels), loc="outside lower center"
     )
     figure.savefig(path, dpi=120)
-
-
-Answer = Mapping[str, float | None]
-
-
-def _figure(name: str) -> Callable[[Answer], float | None]:
-    return lambda found: found.get(name)
