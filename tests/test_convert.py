@@ -371,6 +371,13 @@ def as_head(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
             replace(sparsity_config={"format": "sparse-24-bitmask"}),
             "sparsity_config of compressed-tensors is",
         ),
+        (
+            "compressed_tensors",
+            lambda _, config: config["config_groups"]["group_0"].update(
+                output_activations={"num_bits": 8, "type": "float"}
+            ),
+            "output_activations of group_0 of compressed-tensors is {'num_bits': 8",
+        ),
         ("compressed_tensors", replace(newer_key=True), "newer_key of compressed-tensors is True"),
         (
             "compressed_tensors_asym",

@@ -226,7 +226,12 @@ def _refuse_other_arithmetic(where: Path, config: Mapping[str, Any]) -> None:
 
     Rotations at run time (`transform_config`) would be lost without a trace: every shape fits.
     """
-    for key, value in config.items():
+    groups = config.get("config_groups") or {}
+    outputs = {
+        f"output_activations of {name}": group.get("output_activations")
+        for name, group in groups.items()
+    }
+    for key, value in {**config, **outputs}.items():
         if isinstance(value, dict) and (value.get("format") == "dense" or not any(value.values())):
             continue  # neither sparse nor transformed, spelled out
         if value and key not in _COMPRESSED_KEYS:
