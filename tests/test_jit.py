@@ -147,7 +147,17 @@ def test_missing_cupy_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(IntScaleError) as error:
         jit.import_cupy()
-    assert "pip install cupy-cuda" in one_line(error)
+    assert "pip install 'cupy-cuda" in one_line(error)
+
+
+def test_missing_nvrtc_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which CuPy loads when it is first needed."""
+    cupy = MagicMock()
+    cupy.cuda.nvrtc.getVersion.side_effect = RuntimeError("Failed to dlopen libnvrtc.so.13\nwhy")
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    with pytest.raises(IntScaleError) as error:
+        jit.import_cupy()
+    assert "(Failed to dlopen libnvrtc.so.13)" in one_line(error)
 
 
 def test_gpu_below_sm_80_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,15 +195,18 @@ def test_kernels_are_compiled_beside_another_users(
     assert function is cupy.RawModule.return_value.get_function.return_value
 
 
+@pytest.mark.parametrize("folder", ["file/cache", ""])
 def test_unwritable_cache_falls_back_to_a_temporary_folder(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    blocker = tmp_path / "file"
-    blocker.write_text("")
-    monkeypatch.setenv("CUPY_CACHE_DIR", str(blocker / "cache"))
+    """So does the usual one of a user without a home."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / folder) if folder else "")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", MagicMock(side_effect=KeyError))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setitem(sys.modules, "cupy", object())
+    monkeypatch.setitem(sys.modules, "cupy", MagicMock())
     jit.import_cupy()
     assert os.environ["CUPY_CACHE_DIR"].startswith(str(tmp_path / "cupy_cache_"))
     assert "not writable" in caplog.text

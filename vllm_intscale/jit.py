@@ -68,26 +68,29 @@ def read_source(file: str) -> str:
 
 @cache
 def import_cupy() -> Any:
-    """CuPy, with a usable cache folder; IntScaleError if it is not installed."""
-    folder = Path(os.environ.get("CUPY_CACHE_DIR", Path.home() / ".cupy" / "kernel_cache"))
+    """CuPy, with a usable cache folder; IntScaleError if it or NVRTC is not installed."""
+    named = os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache"
     try:
+        folder = Path(named).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         writable = False
     if not writable:
-        fallback = Path(tempfile.gettempdir()) / f"cupy_cache_{os.getuid()}"
-        logger.warning("kernel cache %s is not writable; using %s", folder, fallback)
-        fallback.mkdir(parents=True, exist_ok=True)
-        folder = fallback
+        folder = Path(tempfile.gettempdir()) / f"cupy_cache_{os.getuid()}"
+        logger.warning("kernel cache %s is not writable; using %s", named, folder)
+        folder.mkdir(parents=True, exist_ok=True)
     os.environ["CUPY_CACHE_DIR"] = str(folder)
     try:
         import cupy
-    except ImportError as error:
+
+        cupy.cuda.nvrtc.getVersion()  # loads NVRTC, which importing does not
+    except (ImportError, RuntimeError) as error:
         major = (torch.version.cuda or "13").partition(".")[0]
+        reason = str(error).partition("\n")[0]
         raise IntScaleError(
-            f"CuPy cannot be imported ({error}); it compiles the CUDA kernels: "
-            f"pip install cupy-cuda{major}x"
+            f"CuPy or NVRTC cannot be loaded ({reason}); they compile the CUDA kernels: "
+            f"pip install 'cupy-cuda{major}x[ctk]'"
         ) from None
     return cupy
 
