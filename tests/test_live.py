@@ -105,28 +105,51 @@ def test_other_ways_to_read_files_are_refused(monkeypatch: pytest.MonkeyPatch) -
         live.convert_while_loading("some/model", PACKED)
 
 
-def test_another_revision_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM 0.26 tells the plugin no revision: what it planned for may be another one."""
+class Loader:
+    """vLLM's, of files as they are."""
+
+    def get_all_weights(self, model_config: Any, model: Any) -> Any:
+        return iter([("as it is", torch.ones(1))])
+
+
+def names_of(model: Path | str, quantization: str | None = "intscale", revision: str = "") -> Any:
+    """Of the tensors that vLLM gets."""
+    config = SimpleNamespace(model=str(model), quantization=quantization, revision=revision)
+    loader: Any = Loader()
+    names = {name for name, _ in loader.get_all_weights(config, None)}
+    # It is when vLLM thinks that loading began.
+    assert (names == {"as it is"}) or loader.counter_before_loading_weights > 0
+    return names
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> Any:
     pytest.importorskip("vllm")
     from vllm_intscale import live
 
-    class Loader:
-        get_all_weights = None
-
     monkeypatch.setattr(live, "DefaultModelLoader", Loader)
     monkeypatch.setattr(live, "_sources", {})
+    monkeypatch.setattr(Loader, "get_all_weights", Loader.get_all_weights)  # it is replaced
+    return live
+
+
+def test_another_revision_is_refused(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.26 tells the plugin no revision: what it planned for may be another one."""
     monkeypatch.setattr(live, "plan_live", lambda model, revision: plan_live(PACKED / revision))
     live.convert_while_loading("some/model", PACKED / "awq")
-    for revision, other in (("awq", False), ("gptq", True)):
-        model = SimpleNamespace(model="some/model", revision=revision)
-        loader: Any = Loader()
-        weights = loader.get_all_weights(model, None)
-        if not other:
-            assert {"lm_head.weight"} < {name for name, _ in weights}
-            assert loader.counter_before_loading_weights > 0  # when vLLM thinks that loading began
-            continue
-        with pytest.raises(IntScaleError, match="--revision gptq of some/model .* serve the fold"):
-            next(weights)
+    assert "lm_head.weight" in names_of("some/model", revision="awq")
+    with pytest.raises(IntScaleError, match="--revision gptq of some/model .* serve the fold"):
+        names_of("some/model", revision="gptq")
+
+
+def test_what_is_converted(live: Any, tmp_path: Path) -> None:
+    """Not the same files without --quantization; others that are reloaded, unless they are so."""
+    source, layer = PACKED / "unquantized", "model.layers.0.self_attn.o_proj"
+    live.convert_while_loading(str(source), source)
+    out = written(source, tmp_path / "out")
+    assert f"{layer}.qweight" in names_of(source)
+    assert f"{layer}.qweight" in names_of(PACKED / "gptq")
+    assert names_of(source, quantization=None) == names_of(out) == {"as it is"}
 
 
 @pytest.mark.e2e

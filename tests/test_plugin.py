@@ -137,6 +137,17 @@ def test_schemes_of_layers() -> None:
     assert config.report.ignored == {"a.o_proj", "b.qkv_proj"}
 
 
+def test_parts_of_models_that_do_not_tell() -> None:
+    config = config_of(
+        ignore=(*(f"a.{part}_proj" for part in ("gate", "up")), "c.gate_up_proj"),
+        overrides={"b.gate_proj": {"group_size": 64}, "b.up_proj": {"group_size": 64}},
+    )
+    assert scheme_of(config, "a.gate_up_proj") is None
+    assert scheme_of(config, "b.gate_up_proj") == LayerScheme(group_size=64)
+    assert scheme_of(config, "c.gate_up_proj") is None  # the checkpoint has it fused
+    assert scheme_of(config, "d.gate_up_proj") == LayerScheme()
+
+
 def test_fused_parts_must_agree() -> None:
     config = config_of(ignore=("a.k_proj",))
     with pytest.raises(IntScaleError, match="a.qkv_proj: its fused parts"):

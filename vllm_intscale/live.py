@@ -8,7 +8,7 @@ point is the same, sharding over ranks included.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from vllm_intscale.checkpoint import read_config
 from vllm_intscale.errors import IntScaleError
+from vllm_intscale.format import QUANT_METHOD
 from vllm_intscale.quantize import plan_live
+from vllm_intscale.quantize.source import Plan
 from vllm_intscale.quantize.stream import read_quantized
 
 logger = init_logger("vllm.intscale")
@@ -48,24 +51,46 @@ def convert_while_loading(model: str, folder: Path) -> None:
 
         def get_all_weights(
             self: Any, model_config: Any, model: Any
-        ) -> Iterator[tuple[str, Tensor]]:
-            source = _sources.get(model_config.model)
-            if source is None:
-                yield from read_files(self, model_config, model)
-                return
-            plan = plan_live(model_config.model, model_config.revision)
-            if plan.folder != source:  # vLLM 0.26 does not tell the plugin the revision
-                raise IntScaleError(
-                    f"--revision {model_config.revision} of {model_config.model} cannot be "
-                    f"converted while it is loaded by this vLLM; serve the folder {plan.folder}"
-                )
-            quantized = sum(m.scheme is not None for m in plan.matrices)
-            method = plan.config.source.get("method", "rounded to nearest")
-            logger.info("intscale: %d matrices of %s are %s", quantized, plan.folder, method)
-            self.counter_before_loading_weights = time.perf_counter()  # vLLM logs how long it took
-            yield from read_quantized(plan)
-            for other in getattr(model, "secondary_weights", ()):
-                yield from self._get_weights_iterator(other)
+        ) -> Iterable[tuple[str, Tensor]]:
+            plan = _plan_of(model_config)  # now: an error later would find old weights gone
+            if plan is None:
+                files: Iterable[tuple[str, Tensor]] = read_files(self, model_config, model)
+                return files
+            return _converted(self, plan, model)
 
         DefaultModelLoader.get_all_weights = get_all_weights
     _sources[model] = folder
+
+
+def _plan_of(model_config: Any) -> Plan | None:
+    """How these files become an intscale checkpoint; None if they are to stay, or are one.
+
+    They may be others than when the engine started: weights can be reloaded from another folder.
+    """
+    name = model_config.model
+    if model_config.quantization != QUANT_METHOD:
+        return None
+    source = _sources.get(name)
+    if source is None:
+        if not Path(name).is_dir():
+            return None
+        section = read_config(Path(name)).get("quantization_config") or {}
+        if section.get("quant_method") == QUANT_METHOD:
+            return None
+    plan = plan_live(name, model_config.revision)
+    if source not in (None, plan.folder):  # vLLM 0.26 does not tell the plugin the revision
+        raise IntScaleError(
+            f"--revision {model_config.revision} of {name} cannot be converted while it is loaded "
+            f"by this vLLM; serve the folder {plan.folder}"
+        )
+    return plan
+
+
+def _converted(loader: Any, plan: Plan, model: Any) -> Iterator[tuple[str, Tensor]]:
+    quantized = sum(m.scheme is not None for m in plan.matrices)
+    method = plan.config.source.get("method", "rounded to nearest")
+    logger.info("intscale: %d matrices of %s are %s", quantized, plan.folder, method)
+    loader.counter_before_loading_weights = time.perf_counter()  # vLLM logs how long it took
+    yield from read_quantized(plan)
+    for other in getattr(model, "secondary_weights", ()):
+        yield from loader._get_weights_iterator(other)

@@ -15,11 +15,21 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from vllm_intscale.errors import IntScaleError
-from vllm_intscale.format import QUANT_METHOD, CheckpointConfig, LayerScheme, check_agreement
+from vllm_intscale.format import (
+    QUANT_METHOD,
+    CheckpointConfig,
+    LayerScheme,
+    check_agreement,
+    matches,
+)
 
 # Of other methods, whose checkpoints are converted while they are loaded.
 CONVERTIBLE = ("gptq", "awq", "auto-round", "compressed-tensors")
 _GATES = ("gate", "shared_expert_gate", "router")
+_USUAL_PARTS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 
 
 class IntScaleConfig(QuantizationConfig):  # type: ignore[misc]
@@ -150,9 +160,18 @@ class IntScaleConfig(QuantizationConfig):  # type: ignore[misc]
         return scheme
 
     def _parts(self, prefix: str) -> list[str]:
-        """The checkpoint's names of the layers that are fused into this one."""
+        """The checkpoint's names of the layers that are fused into this one.
+
+        The usual ones if vLLM's model does not tell and the config does not know it by its own
+        name, as it does where the checkpoint has it fused.
+        """
         parent, dot, name = prefix.rpartition(".")
-        return [parent + dot + part for part in self.packed_modules_mapping.get(name, [name])]
+        parts = self.packed_modules_mapping.get(name)
+        if parts is None:
+            known = (*self.checkpoint.ignore, *self.checkpoint.overrides)
+            own = any(matches(pattern, prefix) for pattern in known)
+            parts = [name] if own else _USUAL_PARTS.get(name, [name])
+        return [parent + dot + part for part in parts]
 
 
 def _experts(layer: Any, prefix: str) -> Iterable[str]:
