@@ -299,6 +299,18 @@ def test_what_is_left_unquantized(tmp_path: Path, name: str, reason: str | None)
     assert config.ignore == ((name,) if reason and reason != "embedding" else ())
 
 
+def test_prediction_layers_are_ignored_under_the_names_that_vllm_gives_them(tmp_path: Path) -> None:
+    """MiMo's, which are decoder layers there, behind the last."""
+    name = "model.mtp_layers.1.mlp.down_proj"
+    tensors = sources.dense() | {f"{name}.weight": sources.random_weight(32, 64)}
+    sources.save_model(tmp_path / "source", tensors)
+    quantize_model(str(tmp_path / "source"), tmp_path / "out")
+    config = validate_checkpoint(tmp_path / "out")
+    assert name in config.ignore
+    assert config.scheme_of("model.layers.2.mlp.down_proj") is None
+    assert config.scheme_of("model.layers.0.mlp.down_proj")
+
+
 def test_channel_amplifier_is_lowered_until_no_accumulator_overflows() -> None:
     weight = torch.where(torch.randn(6, 4096) > 0, 1.0, -1.0)
     weight[3] = torch.randn(4096) * 0.01

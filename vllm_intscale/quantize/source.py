@@ -50,6 +50,7 @@ _LEFT = {
 }
 NOT_LINEAR = "not a linear layer"
 _LAYER_NUMBER = re.compile(r"\blayers\.(\d+)\.")
+_PREDICTING = re.compile(r"\bmtp_(?:layers|block)\.(\d+)\.")
 _EXPERT = re.compile(r"(.*\bexperts)\.\d+\.")
 _FUSED_EXPERTS = re.compile(r"(.*\bexperts)\.(gate_up_proj|down_proj)(\.weight)?")
 # Projections that vLLM fuses, in nearly all of its models; so it does all experts of a layer.
@@ -183,9 +184,20 @@ def decide(
     _check_quantizable(folder, matrices)
     matrices = _fit_group_sizes(matrices)
 
-    ignore = tuple(m.layer for m in matrices if m.left and _looks_linear(m))
-    config = dataclasses.replace(wanted, ignore=ignore, overrides=_overrides(wanted, matrices))
+    ignore = [m.layer for m in matrices if m.left and _looks_linear(m)]
+    ignore += _as_decoder_layers(ignore, depth)
+    overrides = _overrides(wanted, matrices)
+    config = dataclasses.replace(wanted, ignore=tuple(ignore), overrides=overrides)
     return Plan(folder, matrices, model_config, config)
+
+
+def _as_decoder_layers(left: Iterable[str], depth: int) -> list[str]:
+    """Patterns of vLLM's names for MiMo's and ERNIE's layers for multi-token prediction.
+
+    It builds those as decoder layers behind the last.
+    """
+    found = {int(match[1]) for name in left if (match := _PREDICTING.search(name))}
+    return [rf"re:.*\blayers\.{depth + number}\..*" for number in sorted(found)]
 
 
 def _refuse_quantized(
