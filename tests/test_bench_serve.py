@@ -189,8 +189,9 @@ def test_options_of_the_server() -> None:
     assert served._as_options(arguments) == options
 
 
-def test_configurations_at_once(tmp_path: Path) -> None:
-    """As many as there is room for; one that is too large is not left out."""
+def test_configurations_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there is room for, two at most; one that is too large is not left out."""
+    monkeypatch.setattr(configurations, "AT_ONCE", 2)
 
     def plan(name: str, gib: float) -> Plan:
         cache = int(gib * 2**30) - configurations.OTHER_BYTES
