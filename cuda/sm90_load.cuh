@@ -52,8 +52,6 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule
   const uint64_t lone_policy = GROUPED || p.m_pad <= TILE_M ? read_once() : token_policy;
   const int64_t token_step = int64_t(p.m_pad) * kStageK;
   Ring ring;
-  int early = 0;  // stages that have their weights and wait for tokens
-  bool waited = false;
   Piece piece;
   for (int number = 0;; ++number) {
     if (!todo.take(piece)) piece.k_count = 0;
@@ -65,7 +63,7 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule
     const int token_bytes = min(TILE_M, tokens_to - t.m0) * kStageK;
     const int64_t expert_at = int64_t(t.expert) * ((p.n + 127) / 128) * p.k_blocks * kPairBytes;
     const uint8_t* weights[kCopies];
-    int copies = 0;  // the last tile may end before its last block
+    int copies = 0;  // a tile may end before its last block; a cluster, before this block of it
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int block = t.n0 / 64 + i * kCopyBlocks;
@@ -74,33 +72,41 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule
       copies += block / 2 * 128 < p.n;
     }
     const int8_t* tokens = p.a8 + piece.k_begin * token_step + t.m0 * kStageK;
-    for (int k = 0; k < piece.k_count; ++k) {
-      const uint32_t at = s.stages + ring.offset, barriers = s.barriers + ring.barriers();
-      const uint32_t full = barriers + kFull;
-      barrier_wait(barriers + kEmpty, ring.parity ^ 1);
-      if (leader) barrier_expect(full, copies * kCopyBytes + token_bytes);
+    const auto load_weights = [&](uint32_t stage, uint32_t barriers) {
+      if (leader) barrier_expect(barriers + kFull, copies * kCopyBytes + token_bytes);
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
-        if (leader && i < copies) {
-          bulk_copy(at + kTokenBytes + i * kCopyBytes, weights[i], kCopyBytes, full, weight_policy);
+        if (leader && ((SHARE == 1 && i == 0) || i < copies)) {
+          bulk_copy(stage + kTokenBytes + i * kCopyBytes, weights[i], kCopyBytes, barriers + kFull,
+                    weight_policy);
         }
         weights[i] += kPairBytes;
       }
-      if (leader && waited) copy_tokens(at, tokens, token_bytes, full, token_policy);
-      if (waited) tokens += token_step;
-      ring.advance();
-      if (!waited && (++early == STAGES || k + 1 == piece.k_count)) {
-        wait_for_previous_kernel();
-        waited = true;
-        for (int i = 0; i < early; ++i) {
-          if (leader) {
-            const uint32_t stage = s.stages + i * kStageBytes;
-            const uint32_t full = s.barriers + i * kStageBytes / 128 + kFull;
-            copy_tokens(stage, tokens, token_bytes, full, token_policy);
-          }
-          tokens += token_step;
-        }
+    };
+    const auto load_tokens = [&](uint32_t stage, uint32_t barriers) {
+      if (leader) copy_tokens(stage, tokens, token_bytes, barriers + kFull, token_policy);
+      tokens += token_step;
+    };
+    int k = 0;
+    if (number == 0) {  // weights of the first stages need not wait for the kernel before
+#pragma unroll 1
+      for (; k < min(STAGES, piece.k_count); ++k) {
+        load_weights(s.stages + k * kStageBytes, s.barriers + k * kStageBytes / 128);
       }
+      wait_for_previous_kernel();
+#pragma unroll 1
+      for (int i = 0; i < k; ++i) {
+        load_tokens(s.stages + ring.offset, s.barriers + ring.barriers());
+        ring.advance();
+      }
+    }
+#pragma unroll 1
+    for (; k < piece.k_count; ++k) {
+      const uint32_t stage = s.stages + ring.offset, barriers = s.barriers + ring.barriers();
+      barrier_wait(barriers + kEmpty, ring.parity ^ 1);
+      load_weights(stage, barriers);
+      load_tokens(stage, barriers);
+      ring.advance();
     }
     for (int i = 1; i <= piece.followers; ++i) load_partial(p, s, ring, i, leader, read_once());
   }
@@ -111,6 +117,7 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule
 // Warp `turn` of them builds the tables of every third stage, two channels a lane and block.
 __device__ __forceinline__ void build_tables(const Problem& p, const Shared& s, int turn,
                                              int lane) {
+  const Constants c = constants();
   Ring ring;
   Piece piece;
   for (int number = 0; receive(p, s, number, piece); ++number) {
@@ -133,15 +140,12 @@ __device__ __forceinline__ void build_tables(const Problem& p, const Shared& s, 
         for (int block = 0; block < kChannelBlocks; ++block) {
 #pragma unroll
           for (int group = 0; group < kGroups; ++group) {
-            uint32_t fields;
-            asm volatile("ld.shared.u32 %0, [%1];"
-                         : "=r"(fields)
-                         : "r"(weights + block * kBlockBytes + kCodeBytes + group * 128 + lane * 4)
-                         : "memory");
+            const uint32_t fields = load_shared_word(weights + block * kBlockBytes + kCodeBytes +
+                                                     group * 128 + lane * 4);
             const uint32_t tables =
                 weights + kWeightBytes + ((block * kGroups + group) * 64 + lane * 2) * 16;
-            store_shared(tables, build_table(fields & 0xffff, unit[block][0]));
-            store_shared(tables + 16, build_table(fields >> 16, unit[block][1]));
+            store_shared(tables, build_table(fields & 0xffff, unit[block][0], c));
+            store_shared(tables + 16, build_table(fields >> 16, unit[block][1], c));
           }
         }
         __syncwarp();

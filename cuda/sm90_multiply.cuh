@@ -53,10 +53,11 @@ __device__ __forceinline__ void release(uint32_t empty) {
 }
 
 // Waits for a stage, and loads its words and the tables of its first group; 8-bit weights `unpack`
-// loads, straight into the operands.
-__device__ __forceinline__ void load_weights(Operands& v, const Addresses& from, const Ring& ring) {
-  // A table is built after its stage is full.
-  barrier_wait(from.barriers + ring.barriers() + (TABLES ? kReady : kFull), ring.parity);
+// loads, straight into the operands. Returns the stage's barriers.
+__device__ __forceinline__ uint32_t load_weights(Operands& v, const Addresses& from,
+                                                 const Ring& ring) {
+  const uint32_t barriers = from.barriers + ring.barriers();
+  barrier_wait(barriers + (TABLES ? kReady : kFull), ring.parity);  // tables are built when full
 #if BITS == 4
   const uint4 v0 = load_shared(from.words + ring.offset);
   const uint4 v1 = load_shared(from.words + ring.offset + 2048);
@@ -64,6 +65,7 @@ __device__ __forceinline__ void load_weights(Operands& v, const Addresses& from,
   v.words[4] = v1.x, v.words[5] = v1.y, v.words[6] = v1.z, v.words[7] = v1.w;
   load_tables(v, from.tables + ring.offset);
 #endif
+  return barriers;
 }
 
 // Makes the operands of BATCH k-steps from `first` on, of the stage at `ring`.
@@ -106,14 +108,21 @@ __device__ __forceinline__ uint32_t add_group(Accumulator (&acc)[kAccumulators],
 }
 #endif
 
-// Multiplies the stage at `ring`, whose first operands are unpacked, and moves on. `more`: the next
-// stage follows, and its first operands are unpacked, too.
-template <bool more>
+// Where a warpgroup is in the ring.
+struct Position {
+  Ring ring;
+  uint32_t barriers;  // of the stage at `ring`
+  uint32_t previous;  // barriers of the stage before it, which is still being read
+};
+
+// Multiplies the stage at hand, whose first operands are unpacked, by `width` tokens, and moves on.
+// `more`: the next stage follows, and its first operands are unpacked, too.
+template <int width, bool more>
 __device__ __forceinline__ void multiply_stage(Accumulator (&acc)[kAccumulators],
                                                int (&partial)[kAccumulators], Operands& v,
-                                               const Addresses& from, Ring& ring,
-                                               uint32_t& previous, bool first) {
-  const Ring now = ring;
+                                               const Addresses& from, Position& at, bool first) {
+  using Part = int (&)[width / 2];
+  const Ring now = at.ring;
   const uint32_t tokens = from.descriptor + now.offset / 16;
   uint32_t read = 0;
 #pragma unroll
@@ -124,24 +133,27 @@ __device__ __forceinline__ void multiply_stage(Accumulator (&acc)[kAccumulators]
       const uint64_t descriptor = wgmma_descriptor(tokens + 2 * (step + j));
       const uint32_t (&a)[4] = v.a[step / BATCH % 2][j];
 #if FOLD
-      wgmma_s8<TILE_M>(acc, a, descriptor, first && step + j == 0);
+      wgmma_s8<width>(reinterpret_cast<Part>(acc[0]), a, descriptor,
+                      !kCleared && first && step + j == 0);
 #else
-      wgmma_s8<TILE_M>(partial, a, descriptor, (step + j) * 32 % GROUP == 0);
+      wgmma_s8<width>(reinterpret_cast<Part>(partial[0]), a, descriptor,
+                      (step + j) * 32 % GROUP == 0);
 #endif
     }
     wgmma_commit();
     // The batch before has read its operands and, at step 0, its stage. In the last stage of the
     // accumulate form ptxas may move partial sums to other registers, which must not be in flight.
     wgmma_wait<FOLD || more ? 1 : 0>();
-    if (step == 0 && !first) release(previous);
+    if (step == 0) release(at.previous + kEmpty);
     if (step + BATCH < kSteps) {
       unpack(v, from, now, step + BATCH);
     } else if (more) {
-      unpack(v, from, ring, 0);
+      unpack(v, from, at.ring, 0);
     }
     if (step + 2 * BATCH == kSteps) {  // all words of this stage are unpacked
-      ring.advance<SLICES>();
-      if (more) load_weights(v, from, ring);
+      at.previous = at.barriers;
+      at.ring.advance<SLICES>();
+      if (more) at.barriers = load_weights(v, from, at.ring);
     }
 #if !FOLD
     if ((step + BATCH) * 32 % GROUP == 0) {
@@ -153,7 +165,7 @@ __device__ __forceinline__ void multiply_stage(Accumulator (&acc)[kAccumulators]
     }
 #endif
   }
-  previous = from.barriers + now.barriers() + kEmpty + read;
+  at.previous += read;
 }
 
 // acc <- the products of `stages` blocks of 128 k of one tile.
@@ -161,7 +173,8 @@ __device__ __forceinline__ void multiply_stage(Accumulator (&acc)[kAccumulators]
 // A thread has 32 registers beside its accumulators, and one set of operands: a warpgroup unpacks
 // when its multiplications are done. The tensor cores have those of two others meanwhile.
 __device__ __forceinline__ void multiply(Accumulator (&acc)[kAccumulators], const Shared& s,
-                                         Ring& ring, int stages, int warpgroup, int thread) {
+                                         Ring& ring, int stages, int warpgroup, int thread,
+                                         int rows) {
   // Two wgmma of 128 tokens: ptxas takes none of 256 in a kernel launched with 128 registers.
   using Half = int (&)[kAccumulators / 2];
   constexpr int kHalfOfTokens = kTokenBytes / 2 / 16;  // in a descriptor
@@ -202,26 +215,42 @@ __device__ __forceinline__ void multiply(Accumulator (&acc)[kAccumulators], cons
   if (elect_one()) barrier_arrive(previous);
 }
 #else
-__device__ __forceinline__ void multiply(Accumulator (&acc)[kAccumulators], const Shared& s,
-                                         Ring& ring, int stages, int warpgroup, int thread) {
+template <int width>
+__device__ __forceinline__ void multiply_by(Accumulator (&acc)[kAccumulators], const Shared& s,
+                                            Ring& ring, int stages, int warpgroup, int thread) {
   const Addresses from = addresses(s, warpgroup, thread);
   Operands v;
   int partial[kAccumulators];
-  if (!FOLD || SLICES > 1) {
+  if (kCleared) {
 #pragma unroll
     for (int i = 0; i < kAccumulators; ++i) acc[i] = 0;
   }
   if (SLICES > 1 && stages == 0) return;
-  load_weights(v, from, ring);
+  Position at = {ring, load_weights(v, from, ring), s.unused - kEmpty};
   unpack(v, from, ring, 0);
-  uint32_t previous = 0;  // barrier of the stage that is still being read
-  for (int i = 0; i < stages - 1; ++i) {
-    multiply_stage<true>(acc, partial, v, from, ring, previous, i == 0);
+  bool first = true;
+  for (int left = stages; left > 1; --left) {
+    multiply_stage<width, true>(acc, partial, v, from, at, first);
+    first = false;
   }
-  multiply_stage<false>(acc, partial, v, from, ring, previous, stages == 1);
+  multiply_stage<width, false>(acc, partial, v, from, at, first);
   wgmma_wait<0>();
   // An arrival overtakes loads that queue behind stores of other warps. In the loop, and for the
   // words, what is loaded is needed before; for scales, the address depends on them.
-  release(previous);
+  release(at.previous + kEmpty);
+  ring = at.ring;
+}
+
+// By as few parts of the tile's tokens as hold its rows: with `part` of them, if that is enough.
+template <int part = 1>
+__device__ __forceinline__ void multiply(Accumulator (&acc)[kAccumulators], const Shared& s,
+                                         Ring& ring, int stages, int warpgroup, int thread,
+                                         int rows) {
+  if constexpr (part < PARTS) {
+    if (rows > part * (TILE_M / PARTS)) {
+      return multiply<part + 1>(acc, s, ring, stages, warpgroup, thread, rows);
+    }
+  }
+  multiply_by<part*(TILE_M / PARTS)>(acc, s, ring, stages, warpgroup, thread);
 }
 #endif

@@ -20,7 +20,8 @@
 //                 the same channels in turn; grid: a block for each tile
 //   With -DGROUPED=1 tiles of tokens are those of moe_routing.cu, weight, unit and channel_scale
 //   have a leading expert dimension, bias is nullptr; grid: enough clusters for any routing if more
-//   than one block shares a tile's k or slices do. Tiles may be streamed if there are partials.
+//   than one block shares a tile's k or slices do. Tiles may be streamed if there are partials. A
+//   tile with few rows is multiplied by as few of its PARTS equal parts as hold them.
 //
 //   May be launched to overlap the kernels before
 //   (the quantizer overlaps, too): weights load first, a8 once they are done. So none of them may
@@ -69,6 +70,7 @@ constexpr int kStageBytes = kTokenBytes + (kWeightBytes + kTableBytes + 1023) / 
 constexpr int kFull = 0, kReady = 8, kEmpty = 16;  // barriers of a stage, see Ring
 constexpr int kTokenBlocks = TILE_M / 8;           // a thread holds 2 channels x 2 tokens of each
 constexpr int kAccumulators = TILE_M / 2;
+constexpr bool kCleared = !FOLD || SLICES > 1 || PARTS > 1 || TILE_M <= 64;  // before a tile
 // What is written at a time: a unit of two blocks of 8 tokens, or of one where there is no more.
 constexpr int kUnitBlocks = kTokenBlocks < 2 ? 1 : 2;
 constexpr int kUnits = kTokenBlocks / kUnitBlocks;
@@ -124,7 +126,8 @@ struct Problem {
 #include "sm90_schedule.cuh"
 
 struct Shared {  // addresses in shared memory
-  uint32_t stages, staging, scales, pieces, reduced, barriers, partials;
+  uint32_t stages, staging, scales, pieces, barriers, partials;
+  uint32_t reduced, unused;  // barriers: of partial sums; and one that nobody waits for
 };
 
 // A position in the ring of stages. Every role walks all stages in order, since a parity tells no
@@ -156,6 +159,11 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
 __device__ __forceinline__ uint2 load_shared_pair(uint32_t address) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
   return v;
 }
 __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
@@ -237,7 +245,8 @@ __device__ __forceinline__ void multiply_pieces(const Problem& p, const Shared& 
     commit_copies();
     Accumulator acc[kAccumulators];
     const int stages = (piece.k_count + SLICES - 1 - slice) / SLICES;
-    multiply(acc, s, ring, stages, warpgroup, thread);
+    const int rows = piece.tile.m_end - piece.tile.m0;
+    multiply(acc, s, ring, stages, warpgroup, thread, rows);
     piece = read_piece(p, s, number);  // again, to leave its registers to the multiplication
     received(s, number, piece);
     if (FEW_REGISTERS) c = load_channel_scales(p, piece.tile, warpgroup, thread);
@@ -276,6 +285,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
   s.scales = s.staging + kStagingBytes;
   s.pieces = s.scales + kScaleBytes;
   s.reduced = s.pieces + 2 * kSlotBytes;
+  s.unused = s.reduced + 8;
   s.barriers = s.reduced + 16;
   s.partials =
       kPartialsInRing ? s.stages : (s.barriers + STAGES * kStageBytes / 128 + 15) / 16 * 16;
@@ -292,6 +302,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
       barrier_init(s.pieces + i * kSlotBytes + kReceived, kReceivers);
     }
     barrier_init(s.reduced, 1);
+    barrier_init(s.unused, 1);
     barrier_init_fence();
     const int owned = (kUnits - rank + size - 1) / size;  // see reduce_and_write
     barrier_expect(s.reduced, (size - 1) * owned * kUnitBlocks * kMultipliers * 16);

@@ -81,7 +81,7 @@ def test_every_variant_compiles_without_local_memory(arch: int, tmp_path: Path) 
             for weight in (matrix, stack):
                 variants.update(cuda_backend.kernels(weight[:2], dtype))
     row_kernels = 5 * 2 + 1
-    int4 = 7 * 2 + (17 + 12 if arch == 90 else 0)  # for each group size
+    int4 = 7 * 2 + (21 + 14 if arch == 90 else 0)  # for each group size
     int8 = 7 * 2 + (11 + 8 if arch == 90 else 0)
     assert len(variants) == row_kernels + (int4 * 3 + int8) * 2
 

@@ -23,7 +23,8 @@ class Tile(NamedTuple):
 
     blocks: that share a multiprocessor; batch: k-steps whose multiplications are issued at once;
     block_us: for `choose`, of int4 and of int8 weights; share: neighbouring blocks that load their
-    tokens together; slices: warpgroups that multiply the same channels, each some of their k.
+    tokens together; slices: warpgroups that multiply the same channels, each some of their k;
+    parts: of experts' tiles, which with few rows are multiplied by as few of them as hold the rows.
     """
 
     m: int
@@ -34,6 +35,7 @@ class Tile(NamedTuple):
     block_us: tuple[float, float] = (0.0, 0.0)
     share: int = 1
     slices: int = 1
+    parts: int = 1
 
     @property
     def n(self) -> int:
@@ -48,6 +50,10 @@ class Tile(NamedTuple):
     def few_registers(self) -> bool:
         """FEW_REGISTERS of the kernel; streaming such tiles never won."""
         return self.m * self.warpgroups == 768
+
+    def parts_of(self, form: str) -> int:
+        """Accumulating leaves no registers for more than one."""
+        return 1 if form == "accumulate" else self.parts
 
     def _bytes(self, group_size: int, form: str) -> tuple[int, int]:
         """Bytes of a stage without its barriers, and of what is there once."""
@@ -109,6 +115,7 @@ class Tile(NamedTuple):
             "FOLD": int(form != "accumulate"),
             "SHARE": self.share,
             "SLICES": self.slices,
+            "PARTS": self.parts_of(form) if grouped else 1,
             "GROUPED": int(grouped),
             "FLOAT_SCALE": int(float_scale),
             "DTYPE": dtype_code,
@@ -118,11 +125,16 @@ class Tile(NamedTuple):
         )
 
 
-# block_us: microseconds that 128 k take on an H100 full of such blocks.
+# block_us: microseconds that 128 k take on a GPU full of such blocks (with up to 48 tokens of int4
+# an H200, else an H100); 0: not for int8 weights.
 TILES = (
-    Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=(0.44, 0.64)),
-    Tile(m=16, warpgroups=1, stages=6, blocks=4, batch=2, block_us=(0.47, 0.78)),
-    Tile(m=32, warpgroups=1, stages=5, blocks=3, batch=2, block_us=(0.47, 0.57)),
+    Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=(0.333, 0.64)),
+    Tile(m=8, warpgroups=2, stages=8, blocks=2, batch=2, block_us=(0.429, 0.0)),
+    Tile(m=16, warpgroups=1, stages=6, blocks=4, batch=2, block_us=(0.495, 0.78)),
+    Tile(m=16, warpgroups=2, stages=7, blocks=2, batch=2, block_us=(0.479, 0.0)),
+    Tile(m=32, warpgroups=1, stages=5, blocks=3, batch=2, block_us=(0.378, 0.57)),
+    Tile(m=32, warpgroups=2, stages=6, blocks=2, batch=2, block_us=(0.526, 0.0)),
+    Tile(m=48, warpgroups=2, stages=6, blocks=2, batch=2, block_us=(0.353, 0.0)),
     Tile(m=64, warpgroups=1, stages=5, blocks=3, batch=2, block_us=(0.42, 0.45)),
     Tile(m=64, warpgroups=2, stages=5, blocks=2, batch=2, block_us=(0.54, 0.63)),
     Tile(m=128, warpgroups=2, stages=8, blocks=1, batch=2, block_us=(0.22, 0.18), slices=2),
@@ -133,36 +145,41 @@ TILES = (
     Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=(0.55, 0.60), share=2),
     Tile(m=256, warpgroups=3, stages=4, blocks=1, batch=1, block_us=(0.85, 0.85)),
 )
-# For experts only: their weights come from memory up to more tokens, and fit tiles of other sizes.
+# For experts. Weights come from memory up to more tokens than in dense layers, and what an expert
+# has of them varies: parts are as many as ptxas has registers for.
 EXPERT_TILES = (
-    Tile(m=32, warpgroups=2, stages=6, blocks=2, batch=2),
-    Tile(m=96, warpgroups=2, stages=4, blocks=2, batch=2),
-    Tile(m=160, warpgroups=2, stages=6, blocks=1, batch=2),
-    Tile(m=192, warpgroups=2, stages=6, blocks=1, batch=2),
+    Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2),
+    Tile(m=8, warpgroups=2, stages=8, blocks=2, batch=2),
+    Tile(m=16, warpgroups=2, stages=7, blocks=2, batch=2, parts=2),
+    Tile(m=32, warpgroups=2, stages=6, blocks=2, batch=2, parts=4),
+    Tile(m=48, warpgroups=2, stages=6, blocks=2, batch=2, parts=3),
+    Tile(m=128, warpgroups=2, stages=7, blocks=1, batch=2, parts=4),
+    Tile(m=160, warpgroups=2, stages=6, blocks=1, batch=2, parts=2),
+    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, share=2, parts=4),
 )
-# Microseconds in which a multiprocessor of an H100 multiplies 128 x 128 weights of an expert by a
-# tile of as many tokens, and in which memory brings it so many weights.
-GROUPED_US = {32: 0.245, 64: 0.27, 96: 0.32, 128: 0.33, 160: 0.40, 192: 0.43, 256: 0.55}
-WEIGHT_US = 0.28
+# Microseconds in which a multiprocessor of an H200 multiplies 128 x 128 weights of an expert by a
+# tile of as many tokens, the least it takes for any, and in which memory brings it so many weights.
+GROUPED_US = {16: 0.235, 32: 0.249, 48: 0.251, 64: 0.3, 128: 0.307, 160: 0.353, 256: 0.536}
+UNPACK_US = 0.221
+WEIGHT_US = 0.197
 
 
 def tiles(form: str) -> tuple[Tile, ...]:
     """Those that a form can use: accumulating needs a second set of accumulators."""
+    if form == "fold":
+        return TILES
+    others = tuple(t for t in TILES if t.block_us[1] and not t.few_registers)
     if form == INT8:
-        return tuple(t for t in TILES if not t.few_registers)
-    large = {(64, 2), (128, 3), (256, 1), (256, 2), (256, 3)}
-    return tuple(
-        t for t in TILES if form == "fold" or ((t.m, t.warpgroups) not in large and t.slices == 1)
-    )
+        return others
+    large = {(64, 2), (128, 3), (256, 1), (256, 2)}
+    return tuple(t for t in others if (t.m, t.warpgroups) not in large and t.slices == 1)
 
 
 def grouped_tiles(form: str) -> tuple[Tile, ...]:
-    """Those of experts, by growing m: each the best of as many tokens, or nearly."""
-    accumulate = {8: TILES[0], 64: TILES[3], 128: TILES[6]}
-    fold = {8: TILES[0], 64: TILES[4], 128: TILES[6], 256: TILES[10]}
-    chosen = {t.m: t for t in EXPERT_TILES if form != "accumulate" or t.m <= 32}
-    chosen |= accumulate if form == "accumulate" else fold
-    return tuple(chosen[m] for m in sorted(chosen))
+    """Those of experts, by growing m. Accumulating needs registers, and other tiles from 64 on."""
+    if form == "accumulate":
+        return (*(t for t in EXPERT_TILES if t.m < 48), TILES[7], TILES[10])
+    return EXPERT_TILES
 
 
 class Matrix(NamedTuple):
@@ -202,39 +219,46 @@ def choose_grouped(
     share: of the tokens that an expert gets; experts: of a stack. All tiles have as many tokens,
     for the stacks share one routing. Fitted to what `bench.expert_tiles` measures.
     """
-    common = set.intersection(*({t.m for t in grouped_tiles(s.form)} for s in stacks))
-    tile_m = _choose_tile_m(
-        m, share, experts, min(s.n for s in stacks), sorted(common), multiprocessors
-    )
+    reached = experts * (1 - (1 - share) ** m)  # probably
+    blocks = [reached * stack.n / 128 for stack in stacks]  # of 128 channels
+    rows = m * share  # of an expert, on average
+    if rows < 1 or (min(blocks) < 1.8 * multiprocessors and rows * experts <= 5 * reached):
+        tile_m = 8  # whose blocks are the smallest: few weights are spread over the chip
+    else:
+        tile_m = _choose_tile_m(m, share, {stack.form for stack in stacks})
 
-    def option(stack: Matrix) -> tuple[Tile, int]:
-        tile = next(t for t in grouped_tiles(stack.form) if t.m == tile_m)
+    def option(stack: Matrix, blocks: float) -> tuple[Tile, int]:
+        narrow, *wide = (t for t in grouped_tiles(stack.form) if t.m == tile_m)
+        tile = wide[0] if wide and blocks >= 4 * multiprocessors else narrow
         long = stack.k >= 48 * BLOCK_K  # a wave of such blocks that ends unevenly costs much
         return tile, 1 if not long else 2 if tile_m == 8 else STREAMED
 
-    return tuple(option(stack) for stack in stacks)
+    return tuple(map(option, stacks, blocks))
 
 
-def _choose_tile_m(
-    m: int, share: float, experts: int, n: int, possible: list[int], multiprocessors: int
-) -> int:
-    """Tokens of a tile."""
-    rows = m * share  # of an expert, on average
-    reached = 1 - (1 - share) ** m  # how probable it is that any token chooses an expert
-    blocks = reached * experts * n / 128  # of 128 channels, two on a multiprocessor
-    if rows < 1 or (blocks < 1.8 * multiprocessors and rows <= 5 * reached):
-        return 8  # whose blocks are the smallest: few weights are spread over the chip
-    memory = reached * WEIGHT_US
-    others = [tile_m for tile_m in possible if tile_m > 8]
-    costs = {t: max(memory, _expected_tiles(m, share, t) * GROUPED_US[t]) for t in others}
-    if bound_by_memory := [t for t in others if costs[t] == memory]:
-        # Rows are more uneven than chance makes them, and a larger tile costs nothing here.
-        return next((t for t in bound_by_memory if t >= 2.5 * rows), bound_by_memory[-1])
-    return min(others, key=costs.__getitem__)
+def _choose_tile_m(m: int, share: float, forms: set[str]) -> int:
+    """Tokens of a tile, more than 8, that tiles of all these forms can have.
+
+    The largest of those that take about the shortest time, with room for three times the rows that
+    an expert gets on average: some get more than by chance, and parts make it cost little.
+    """
+    parts = [{t.m: t.parts_of(form) for t in grouped_tiles(form)} for form in forms]
+    common = set.intersection(*map(set, parts)) - {8}
+    memory = (1 - (1 - share) ** m) * WEIGHT_US
+    costs = {
+        tile_m: max(memory, _expected_us(m, share, tile_m, min(p[tile_m] for p in parts)))
+        for tile_m in common
+    }
+    best, rows = min(costs.values()), m * share
+    return max(
+        tile_m
+        for tile_m, cost in costs.items()
+        if cost == best or (cost <= 1.01 * best and tile_m <= 3 * rows)
+    )
 
 
-def _expected_tiles(m: int, share: float, tile_m: int) -> float:
-    """Tiles that an expert needs on average if each of M tokens chooses it with this probability.
+def _expected_us(m: int, share: float, tile_m: int, parts: int) -> float:
+    """What an expert's tiles take on average if each of M tokens chooses it with this probability.
 
     The rows of an expert are taken as normally distributed.
     """
@@ -245,14 +269,20 @@ def _expected_tiles(m: int, share: float, tile_m: int) -> float:
             return float(mean > rows)
         return 0.5 * math.erfc((rows + 0.5 - mean) / (deviation * math.sqrt(2)))
 
-    return sum(more_than(rows) for rows in range(0, m, tile_m))
+    part = tile_m // parts
+    part_us = (GROUPED_US[tile_m] - UNPACK_US) / parts
+    most = min(m, int(mean + 6 * deviation) + 1)
+    return sum(
+        more_than(rows) * (part_us + UNPACK_US * (rows % tile_m == 0))
+        for rows in range(0, most, part)
+    )
 
 
 def _microseconds(tile: Tile, splits: int, m: int, matrix: Matrix, multiprocessors: int) -> float:
     """A model of the time that M tokens take, fitted to what `bench.tiles` measures.
 
     Waves of blocks, each as long as its blocks of k take. Where tokens are few, memory is what
-    blocks share, and what a started wave leaves idle costs only half; clusters of more than two
+    blocks share, and the few of a ragged wave cannot keep it busy; clusters of more than two
     blocks leave some multiprocessors without a whole one; streaming costs no waves, but the
     exchange of partial sums. Tiles that share tokens count for what they save where the chip is at
     its limit of power.
@@ -278,8 +308,8 @@ def _microseconds(tile: Tile, splits: int, m: int, matrix: Matrix, multiprocesso
     waves = tiles * splits / (slots * (1.0 if splits <= 2 else 0.84))
     if splits > 1 and waves > 1:
         return math.inf  # never won
-    started = math.ceil(waves) - waves
-    waves = max(1.0, waves + (0.44 if tile.m < 64 and splits == 1 else 1.0) * started)
+    started, ragged = math.ceil(waves) - waves, 0.44 if form == INT8 else 2.28
+    waves = max(1.0, waves + (ragged if tile.m < 64 and splits == 1 else 1.0) * started)
     fill = min(1.0, tiles * splits * tile.share / (multiprocessors * tile.blocks))
     block_us = full_us * (0.38 + 0.62 * fill)
     output_us = (3.0 if splits == 1 else 6.1) * size

@@ -17,23 +17,9 @@ from vllm_intscale import cuda_backend, sm90_gemm, sm90_tiles
 from vllm_intscale.bench.moe import SIZES, TOKENS, Experts, Routed, Size
 from vllm_intscale.bench.timing import Timer
 from vllm_intscale.errors import IntScaleError
-from vllm_intscale.sm90_tiles import EXPERT_TILES, STREAMED, TILES, Tile
+from vllm_intscale.sm90_tiles import EXPERT_TILES, STREAMED, Tile
 
 GROUP = 128
-# For memory faster than an H100's, where small tiles wait for their own instructions: more blocks
-# on a multiprocessor, or as many tokens over more channels. None of them has been timed.
-MORE_TILES = (
-    Tile(m=8, warpgroups=1, stages=6, blocks=4, batch=2),
-    Tile(m=8, warpgroups=1, stages=5, blocks=5, batch=2),
-    Tile(m=8, warpgroups=2, stages=8, blocks=2, batch=2),
-    Tile(m=16, warpgroups=1, stages=5, blocks=5, batch=2),
-    Tile(m=16, warpgroups=2, stages=6, blocks=2, batch=2),
-    Tile(m=16, warpgroups=2, stages=5, blocks=3, batch=2),
-    Tile(m=32, warpgroups=1, stages=4, blocks=4, batch=2),
-)
-CANDIDATES = [
-    t for t in (*TILES, *EXPERT_TILES, *MORE_TILES) if t.slices == 1 and not t.few_registers
-]
 Stack = tuple[Tensor, Tensor, Tensor]
 Plan = tuple[tuple[Tile, int], tuple[Tile, int]]
 
@@ -54,18 +40,18 @@ def _random_stack(experts: int, n: int, k: int) -> Stack:
 
 
 def plans(m: int, size: Size) -> list[Plan]:
-    """Tiles of as many tokens for both GEMMs; k split in two with few tokens, or streamed.
+    """Tiles of as many tokens for both GEMMs, none much too large or small for an expert's rows.
 
-    The same tile for both if it is one of MORE_TILES, or there would be too many.
+    k is split with few tokens, or streamed.
     """
     inner, hidden, experts, topk = size
-    splits = (1, 2) if m * topk <= 16 * experts else (1, STREAMED)
+    rows = m * topk / experts
+    splits = ((1, 2), (1, 2, 4, STREAMED)) if rows <= 16 else ((1, STREAMED), (1, STREAMED))
     return [
         ((first, split1), (second, split2))
-        for first, second in itertools.product(CANDIDATES, repeat=2)
-        if first.m == second.m <= 8 * max(8, m * topk // experts)
-        if first is second or not {first, second} & {*MORE_TILES}
-        for split1, split2 in itertools.product(splits, repeat=2)
+        for first, second in itertools.product(EXPERT_TILES, repeat=2)
+        if first.m == second.m <= max(64, 8 * rows) and rows <= 8 * first.m
+        for split1, split2 in itertools.product(*splits)
         if split1 in first.splits(hidden, GROUP, "fold")
         and split2 in second.splits(inner, GROUP, "fold")
     ]
