@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vllm_intscale import activations, jit, sm90_gemm
 from vllm_intscale.row_kernels import dtype_code
-from vllm_intscale.sm90_tiles import STREAMED, Tile
+from vllm_intscale.sm90_tiles import Tile
 
 HEADER = Path(__file__).with_name("emulator.h")
 COMPILER = shutil.which("g++")
@@ -119,10 +119,10 @@ def group_rows(rows: list[int], tile_m: int) -> Rows:
             described = 256 * (start + group) + min(16, own_tiles - group)
             tiles.append((expert, total + i * tile_m, of_tile, described))
         total += -(-own // 8) * 8
-    unused = [(1 << 30,) * 4] * (sum(rows) + 1)  # as many as there could be, and never read
+    unused = [(1 << 30,) * 4] * 3  # there could be more tiles than there are
     return Rows(
         first,
-        torch.tensor(tiles + unused, dtype=torch.int32)[: max(1, len(tiles) + 3)].contiguous(),
+        torch.tensor(tiles + unused, dtype=torch.int32),
         torch.tensor([len(tiles)], dtype=torch.int32),
         max(8, total),
     )
@@ -170,7 +170,7 @@ def gemm(
         *map(pointer, (*tensors, scratch)),
         *(m, swizzled.shape[1], n, k_blocks, plan.whole_tiles),
         *map(pointer, tiles),
-        0 if splits == STREAMED and rows is not None else sm90_gemm.LEAST_IDLE,
+        0,  # streams every ragged wave
     )
     assert not error, error.decode()
     assert not a8[-activations.FLAG_BYTES :].any(), "flags are left raised"

@@ -12,10 +12,10 @@ from typing import Any
 import emulator
 import pytest
 import torch
-from generators import activation, assert_same_bits, packed
-from gpu_layers import arithmetic, bits_of, weight_for
+from generators import activation, assert_same_bits
+from gpu_layers import arithmetic, prepared, weight_for
 
-from vllm_intscale import cuda_backend, jit, reference
+from vllm_intscale import jit, reference
 from vllm_intscale.reference import Weight
 from vllm_intscale.sm90_tiles import FORMS, INT8, STREAMED, Tile, grouped_tiles, tiles
 
@@ -47,10 +47,6 @@ def variants(listed: Any, usual: set[tuple[str, str]]) -> list[Any]:
                 marks = () if often else (pytest.mark.slow,)
                 found.append(pytest.param(*values, id=label, marks=marks))
     return found
-
-
-def prepared(w: Weight, form: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return cuda_backend.prepare_matrix(*packed(w, bits_of(form)), form)
 
 
 def outputs(

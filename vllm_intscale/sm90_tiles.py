@@ -125,8 +125,8 @@ class Tile(NamedTuple):
         )
 
 
-# block_us: microseconds that 128 k take on a GPU full of such blocks (with up to 48 tokens of int4
-# an H200, else an H100); 0: not for int8 weights.
+# block_us: about what 128 k take on a GPU full of such blocks, as `choose` fits best (with up to 48
+# tokens of int4 an H200, else an H100), in microseconds; 0: not for int8 weights.
 TILES = (
     Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2, block_us=(0.333, 0.64)),
     Tile(m=8, warpgroups=2, stages=8, blocks=2, batch=2, block_us=(0.429, 0.0)),
@@ -145,17 +145,16 @@ TILES = (
     Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=(0.55, 0.60), share=2),
     Tile(m=256, warpgroups=3, stages=4, blocks=1, batch=1, block_us=(0.85, 0.85)),
 )
-# For experts. Weights come from memory up to more tokens than in dense layers, and what an expert
-# has of them varies: parts are as many as ptxas has registers for.
-EXPERT_TILES = (
-    Tile(m=8, warpgroups=1, stages=8, blocks=3, batch=2),
-    Tile(m=8, warpgroups=2, stages=8, blocks=2, batch=2),
-    Tile(m=16, warpgroups=2, stages=7, blocks=2, batch=2, parts=2),
-    Tile(m=32, warpgroups=2, stages=6, blocks=2, batch=2, parts=4),
-    Tile(m=48, warpgroups=2, stages=6, blocks=2, batch=2, parts=3),
-    Tile(m=128, warpgroups=2, stages=7, blocks=1, batch=2, parts=4),
-    Tile(m=160, warpgroups=2, stages=6, blocks=1, batch=2, parts=2),
-    Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, share=2, parts=4),
+# Which of them experts use, by tokens and channels, in how many parts: as many as ptxas has
+# registers for.
+PARTS = {(8, 64): 1, (8, 128): 1, (16, 128): 2, (32, 128): 4, (48, 128): 3}
+PARTS |= {(128, 128): 4, (256, 256): 4}
+_FOR_EXPERTS = Tile(m=160, warpgroups=2, stages=6, blocks=1, batch=2, parts=2)
+EXPERT_TILES = tuple(
+    sorted(
+        (_FOR_EXPERTS, *(t._replace(parts=p) for t in TILES if (p := PARTS.get((t.m, t.n))))),
+        key=lambda tile: (tile.m, tile.n),
+    )
 )
 # Microseconds in which a multiprocessor of an H200 multiplies 128 x 128 weights of an expert by a
 # tile of as many tokens, the least it takes for any, and in which memory brings it so many weights.
@@ -178,7 +177,8 @@ def tiles(form: str) -> tuple[Tile, ...]:
 def grouped_tiles(form: str) -> tuple[Tile, ...]:
     """Those of experts, by growing m. Accumulating needs registers, and other tiles from 64 on."""
     if form == "accumulate":
-        return (*(t for t in EXPERT_TILES if t.m < 48), TILES[7], TILES[10])
+        large = (t for t in TILES if (t.m, t.n) in {(64, 64), (128, 128)})
+        return (*(t for t in EXPERT_TILES if t.m < 48), *large)
     return EXPERT_TILES
 
 
@@ -308,7 +308,8 @@ def _microseconds(tile: Tile, splits: int, m: int, matrix: Matrix, multiprocesso
     waves = tiles * splits / (slots * (1.0 if splits <= 2 else 0.84))
     if splits > 1 and waves > 1:
         return math.inf  # never won
-    started, ragged = math.ceil(waves) - waves, 0.44 if form == INT8 else 2.28
+    started = math.ceil(waves) - waves
+    ragged = 0.44 if form == INT8 else 2.28  # int8 as an H100 has it
     waves = max(1.0, waves + (ragged if tile.m < 64 and splits == 1 else 1.0) * started)
     fill = min(1.0, tiles * splits * tile.share / (multiprocessors * tile.blocks))
     block_us = full_us * (0.38 + 0.62 * fill)
