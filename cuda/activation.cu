@@ -18,22 +18,9 @@
 // slot_row, and norm_quantize weight, before the kernel in front of them ends.
 #include "common.cuh"
 #include "hopper.cuh"
+#include "rows.cuh"
 
-constexpr int kMaxThreads = 1024;  // as launched: 16 columns a thread, or 256
 constexpr int kSiluThreads = 256;
-constexpr int kVector = 8;
-constexpr int kHeld = 2;  // vectors of a thread in registers, so that nothing is read twice
-
-// Maximum over the block.
-__device__ __forceinline__ uint32_t block_max(uint32_t value) {
-  __shared__ uint32_t warp_max[kMaxThreads / 32];
-  const int lane = threadIdx.x % 32;
-  value = __reduce_max_sync(0xffffffff, value);
-  if (lane == 0) warp_max[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = lane < blockDim.x / 32 ? warp_max[lane] : 0;
-  return __reduce_max_sync(0xffffffff, value);
-}
 
 // Blocks that share a row: those of a cluster, which there are from Hopper on.
 #if __CUDA_ARCH__ >= 900
@@ -62,65 +49,6 @@ __device__ __forceinline__ int block_of_row() { return 0; }
 __device__ __forceinline__ void announce_block() {}
 __device__ __forceinline__ uint32_t cluster_max(uint32_t value) { return value; }
 #endif
-
-// The largest magnitude of 16-bit floats. They compare as their bit patterns, where Inf is above
-// every finite number and NaN above Inf; fmaxf would lose a NaN.
-struct Largest {
-  uint32_t pair = 0;
-  __device__ __forceinline__ void add(uint4 v) {
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pair = max_of_halves(pair, words[i] & 0x7fff7fff);
-  }
-  __device__ __forceinline__ float of_block() const {
-    return to_float<DTYPE>(uint16_t(block_max(max(pair >> 16, pair & 0xffff))));
-  }
-  __device__ __forceinline__ float of_cluster() const {
-    return to_float<DTYPE>(uint16_t(cluster_max(block_max(max(pair >> 16, pair & 0xffff)))));
-  }
-};
-
-struct TokenScale {
-  float scale;    // what the output is multiplied by
-  float inverse;  // 127 / amax, or 0: all codes 0
-};
-
-__device__ __forceinline__ TokenScale token_scale_of(float amax) {
-  constexpr uint32_t kInf = 0x7f800000, kSmallest = (127 - 100) << 23;  // 2**-100
-  const uint32_t bits = __float_as_uint(amax);
-  if (bits >= kInf) return {__uint_as_float(0x7fffffff), 0.0f};
-  if (bits < kSmallest) return {0.0f, 0.0f};
-  return {div_rn(amax, 127.0f), div_rn(127.0f, amax)};
-}
-
-// The integer nearest to x, ties to even, in the lowest byte.
-__device__ __forceinline__ uint32_t code_of(float x) { return __float_as_uint(add_rn(x, kRound)); }
-
-// Codes of columns k .. k + 7 of a row.
-__device__ __forceinline__ void store_codes(int8_t* a8, int64_t row, int64_t rows_padded, int k,
-                                            uint4 v, float inverse) {
-  float x[kVector];
-  unpack8<DTYPE>(v, x);
-  uint32_t c[kVector];
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) c[i] = code_of(mul_rn(x[i], inverse));
-  uint2 codes = {lowest_bytes(c[0], c[1], c[2], c[3]), lowest_bytes(c[4], c[5], c[6], c[7])};
-  if (inverse == 0.0f) codes = {0, 0};  // x may hold NaN
-  *reinterpret_cast<uint2*>(a8 + activation_chunk(row, rows_padded, k) + k % 16) = codes;
-}
-
-// Zeros between a row's k and the next multiple of 128, so that no GEMM reads what nobody wrote.
-__device__ __forceinline__ void clear_padding(int8_t* a8, int64_t row, int64_t rows_padded, int k) {
-  for (int i = k + threadIdx.x * kVector; i < (k + 127) / 128 * 128; i += blockDim.x * kVector) {
-    *reinterpret_cast<uint2*>(a8 + activation_chunk(row, rows_padded, i) + i % 16) = {0, 0};
-  }
-}
-
-__device__ __forceinline__ void clear_flags(int8_t* a8, int64_t rows_padded, int64_t k) {
-  uint4* flags = reinterpret_cast<uint4*>(a8 + activation_bytes(rows_padded, k));
-  if (blockIdx.x > 0) return;
-  for (int i = threadIdx.x; i < kFlagBytes / 16; i += blockDim.x) flags[i] = {0, 0, 0, 0};
-}
 
 // Row blockIdx.x of x, as much of it as registers hold, and its scale.
 struct Row {
@@ -180,25 +108,6 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-// Sum over the block, whose warps are a power of two, in the order of reference.rms_norm.
-__device__ __forceinline__ float block_sum(float value) {
-  __shared__ float warp_sum[kMaxThreads / 32];
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 16; i > 0; i /= 2) value = add_rn(value, __shfl_xor_sync(0xffffffff, value, i));
-  if (lane == 0) warp_sum[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = lane < blockDim.x / 32 ? warp_sum[lane] : 0.0f;
-#pragma unroll
-  for (int i = 16; i > 0; i /= 2) value = add_rn(value, __shfl_xor_sync(0xffffffff, value, i));
-  return value;
-}
-
-__device__ __forceinline__ uint4 pack8(const float (&x)[kVector]) {
-  return {from_floats<DTYPE>(x[0], x[1]), from_floats<DTYPE>(x[2], x[3]),
-          from_floats<DTYPE>(x[4], x[5]), from_floats<DTYPE>(x[6], x[7])};
-}
-
 extern "C" __global__ void __launch_bounds__(kMaxThreads)
     norm_quantize(const uint4* x0, const uint4* x1, const uint4* x2, const uint4* weight,
                   float epsilon, int8_t* a8, float* token_scale, uint4* y, uint4* sum, int64_t k,
@@ -206,59 +115,20 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
   const int vectors = int(k / kVector);
   uint4 weights[kHeld];
   let_next_kernel_start();
-#pragma unroll
-  for (int j = 0; j < kHeld; ++j) {  // the kernel before does not write them
-    const int i = threadIdx.x + j * blockDim.x;
-    weights[j] = i < vectors ? weight[i] : make_uint4(0, 0, 0, 0);
-  }
+  load_weights(weights, weight, vectors);  // the kernel before does not write them
   wait_for_previous_kernel();
   clear_flags(a8, rows_padded, k);
   const int64_t first = blockIdx.x * int64_t(vectors);
-  float added[kHeld][kVector] = {};
-  float squares = 0.0f;
+  Columns added = {};
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
     const int i = threadIdx.x + j * blockDim.x;
     if (i >= vectors) continue;
     unpack8<DTYPE>(x0[first + i], added[j]);
-#pragma unroll
-    for (int a = 0; a < 2; ++a) {
-      const uint4* other = a == 0 ? x1 : x2;
-      if (other == nullptr) continue;
-      float x[kVector];
-      unpack8<DTYPE>(other[first + i], x);
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) added[j][e] = add_rn(added[j][e], x[e]);
-    }
-    if (sum != nullptr) sum[first + i] = pack8(added[j]);
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) squares = add_rn(squares, mul_rn(added[j][e], added[j][e]));
+    if (x1 != nullptr) add_vector(added[j], x1[first + i]);
+    if (x2 != nullptr) add_vector(added[j], x2[first + i]);
   }
-  const float mean = div_rn(block_sum(squares), float(k));
-  const float inverse = div_rn(1.0f, sqrt_rn(add_rn(mean, epsilon)));
-  uint4 held[kHeld];
-  Largest largest;
-#pragma unroll
-  for (int j = 0; j < kHeld; ++j) {
-    const int i = threadIdx.x + j * blockDim.x;
-    float w[kVector];
-    unpack8<DTYPE>(weights[j], w);
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) added[j][e] = mul_rn(mul_rn(added[j][e], inverse), w[e]);
-    held[j] = pack8(added[j]);
-    if (i >= vectors) continue;
-    largest.add(held[j]);
-    if (y != nullptr) y[first + i] = held[j];
-  }
-  const TokenScale scale = token_scale_of(largest.of_block());
-#pragma unroll
-  for (int j = 0; j < kHeld; ++j) {
-    const int i = threadIdx.x + j * blockDim.x;
-    if (i >= vectors) continue;
-    store_codes(a8, blockIdx.x, rows_padded, i * kVector, held[j], scale.inverse);
-  }
-  clear_padding(a8, blockIdx.x, rows_padded, int(k));
-  if (threadIdx.x == 0) token_scale[blockIdx.x] = scale.scale;
+  norm_and_quantize(added, weights, epsilon, a8, token_scale, y, sum, k, rows_padded);
 }
 
 // silu(gate) * up of eight columns, rounded once.
@@ -295,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(kSiluThreads, 8)
     hidden[i - begin] = v;
     largest.add(v);
   }
-  const TokenScale s = token_scale_of(largest.of_cluster());
+  const TokenScale s = token_scale_of(Largest::float_of(cluster_max(largest.bits_of_block())));
   for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {  // its own: no barrier
     store_codes(a8, row, rows_padded, i * kVector, hidden[i - begin], s.inverse);
   }

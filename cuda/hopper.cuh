@@ -5,6 +5,7 @@
 // ---- mbarriers ---------------------------------------------------------------------------------
 // A barrier's phase completes when its count of arrivals is met and its expected bytes have come.
 // Waiting on parity p returns once the phase of that parity is over; a fresh barrier is in phase 0.
+constexpr int kMostArrivals = (1 << 20) - 1;  // that a barrier can count
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");

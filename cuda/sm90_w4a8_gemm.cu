@@ -302,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
       barrier_init(s.pieces + i * kSlotBytes + kReceived, kReceivers);
     }
     barrier_init(s.reduced, 1);
-    barrier_init(s.unused, 1);
+    barrier_init(s.unused, kMostArrivals);  // is never complete
     barrier_init_fence();
     const int owned = (kUnits - rank + size - 1) / size;  // see reduce_and_write
     barrier_expect(s.reduced, (size - 1) * owned * kUnitBlocks * kMultipliers * 16);

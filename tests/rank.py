@@ -1,4 +1,5 @@
-"""One of two ranks, started by `test_two_gpus.py`: its share of two layers, summed by NCCL.
+"""One of two ranks, started by `test_two_gpus.py`: its share of two layers, summed by NCCL; and
+sums that are fused with the norm after them.
 
 Row-parallel linear layer: the inputs are cut in half, each rank quantizes its own half of a token
 (one scale a rank). Experts: each rank has half of them, and an expert map.
@@ -7,12 +8,13 @@ Row-parallel linear layer: the inputs are cut in half, each rank quantizes its o
 import os
 import sys
 
+import test_all_reduce
 import torch
 import torch.distributed as dist
 from cuda.bindings import driver
 from generators import packed, routing, weight
 
-from vllm_intscale import cuda_backend, ops, reference
+from vllm_intscale import all_reduce, cuda_backend, ops, reference
 from vllm_intscale.reference import Weight
 
 RANKS, EXPERTS, TOPK, HIDDEN, INNER = 2, 8, 2, 512, 256
@@ -45,6 +47,44 @@ def rounded_sum(shares: list[torch.Tensor]) -> torch.Tensor:
 
 def compare(what: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
     assert torch.equal(found.cpu(), wanted), f"{what}: {(found.cpu() != wanted).sum()} differ"
+
+
+def check_all_reduce(rank: int) -> None:
+    """Sums of changing sizes by ranks that are not in step; then graphs of them, replayed."""
+    columns, dtype, device = 4096, torch.bfloat16, torch.device("cuda", rank)
+    all_reduce.connect("ranks", dist.new_group(backend="gloo"), columns, dtype, device)
+    inboxes = all_reduce._inboxes["ranks"]
+    norm = (torch.rand(columns, generator=torch.Generator().manual_seed(0)) + 0.5).to(dtype)
+    sizes = (1, 64, 3, 128, 1, 1, 17, 128)
+    cases = [test_all_reduce.inputs_of(i, RANKS, m, columns, dtype) for i, m in enumerate(sizes)]
+    wanted = [test_all_reduce.expected(tensors, 1, norm) for tensors in cases]
+    inputs = [[tensors[0].cuda(), tensors[2 + rank].cuda()] for tensors in cases]
+    weight = norm.cuda()
+
+    def sums(slow: bool) -> list[tuple[torch.Tensor, ...]]:
+        found = []
+        for i, addends in enumerate(inputs):
+            if slow and i % RANKS == rank:
+                torch.cuda._sleep(200_000)
+            found.append(all_reduce.launch(inboxes, addends, weight, 1e-5, True, True))
+        return found
+
+    def check(found: list[tuple[torch.Tensor, ...]], what: str) -> None:
+        torch.cuda.synchronize()
+        for i, outputs in enumerate(found):
+            test_all_reduce.check(outputs, wanted[i], f"rank {rank}, {what}, sum {i}")
+
+    for number in range(20):
+        check(sums(slow=number % 2 == 0), f"turn {number}")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = sums(slow=False)
+    for number in range(20):
+        for tensor in (t for outputs in found for t in outputs):
+            tensor.view(torch.uint8).fill_(0x55)
+        for _ in range(25):
+            graph.replay()
+        check(found, f"replay {number}")
 
 
 def main(rank: int) -> None:
@@ -86,6 +126,7 @@ def main(rank: int) -> None:
         compare(f"rank {rank} experts M={m}", y, shares[rank])
         dist.all_reduce(y)
         compare(f"sum experts M={m}", y, rounded_sum(shares))
+    check_all_reduce(rank)
     dist.destroy_process_group()
     print("equal")
 

@@ -22,6 +22,7 @@ pytest.importorskip("vllm")
 from torch._inductor.decomposition import select_decomp_table
 from vllm import ir
 from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
+from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 
 from vllm_intscale import fusion, ops, reference, row_kernels
@@ -140,6 +141,52 @@ def test_addend_that_is_quantized_later() -> None:
     check(
         graph(h, residual, x, weight), [t for r in rows for t in reference.quantize_activation(r)]
     )
+
+
+def test_sums_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two layers: each is made with the norm after it, and added to the residual of both."""
+    start, *parts = (make(5, 264 + 8 * i)[:, :264] for i in range(4))
+    weight = make(264)
+
+    class Group:  # of two ranks with the same parts
+        def _all_reduce_out_place(self, x: Tensor) -> Tensor:
+            return x + x
+
+    monkeypatch.setitem(parallel_state._groups, "ranks", Group)
+
+    def layers(residual: Tensor, weight: Tensor, *parts: Tensor) -> Any:
+        results: list[Tensor] = []
+        for part in parts:
+            x = torch.ops.vllm.all_reduce(part, group_name="ranks")
+            y, residual = add_norm(x, residual, weight)
+            results += ops.quantize_activation(y)
+        return *results, residual
+
+    graph, counts = fused(layers, start, weight, *parts)
+    targets = [node.target for node in graph.graph.nodes]
+    assert targets.count(ops.all_reduce_norm_quantize.default) == counts["norm_quantize"] == 3
+    assert torch.ops.vllm.all_reduce.default not in targets
+    wanted, addends = [], [start]
+    for i, part in enumerate(parts):
+        addends = [*addends, part + part]
+        y, added = reference.rms_norm(addends, weight, EPSILON)
+        wanted += reference.quantize_activation(y)
+        addends = [added] if i == 1 else addends  # two norms add up no more
+    check(graph(start, weight, *parts), (*wanted, added))
+
+
+def test_sum_over_ranks_that_is_needed_before_its_norm() -> None:
+    x, weight = make(5, 264), make(264)
+
+    def layer(x: Tensor, weight: Tensor) -> Any:
+        x = torch.ops.vllm.all_reduce(x, group_name="ranks")
+        y = ops.quantize_activation(ir.ops.rms_norm(x * 2, weight, EPSILON, None))
+        return *y, *ops.quantize_activation(ir.ops.rms_norm(x, weight, EPSILON, None))
+
+    graph, counts = fused(layer, x, weight)
+    assert counts["norm_quantize"] == 2
+    targets = [node.target for node in graph.graph.nodes]
+    assert targets.count(torch.ops.vllm.all_reduce.default) == 1
 
 
 def test_sums_are_those_of_a_compiled_graph() -> None:

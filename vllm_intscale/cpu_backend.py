@@ -39,6 +39,20 @@ def norm_quantize(
     return (*quantize_activation(y), *kept)  # type: ignore[return-value]
 
 
+def all_reduce_norm_quantize(
+    addends: list[Tensor],
+    weight: Tensor,
+    epsilon: float,
+    keep_norm: bool,
+    keep_sum: bool,
+    group_name: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """vLLM's sum over ranks, then `norm_quantize`; see `all_reduce.all_reduce_norm_quantize`."""
+    reduced = torch.ops.vllm.all_reduce(addends[-1], group_name)
+    norm = norm_quantize([*addends[:-1], reduced], weight, epsilon, keep_norm, keep_sum)
+    return *norm, reduced
+
+
 def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.silu_mul` of `[M, 2 K]`, quantized."""
     return quantize_activation(reference.silu_mul(gate_up))

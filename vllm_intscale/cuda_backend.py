@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vllm_intscale import jit, reference, sm80_gemm, sm90_gemm, sm90_tiles
+from vllm_intscale.all_reduce import all_reduce_norm_quantize
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.packing import unpack_codes
 from vllm_intscale.reference import Weight
@@ -34,7 +35,13 @@ from vllm_intscale.row_kernels import (
 )
 from vllm_intscale.sm90_tiles import INT8
 
-__all__ = ["norm_quantize", "quantize_activation", "quantize_slots", "silu_mul_quantize"]
+__all__ = [
+    "all_reduce_norm_quantize",
+    "norm_quantize",
+    "quantize_activation",
+    "quantize_slots",
+    "silu_mul_quantize",
+]
 
 DENSE_ROW_KERNELS = ("quantize_activation", "norm_quantize", "silu_mul_quantize")
 ROWS = 1024  # of 8-bit weights folded at a time: bounds the extra memory

@@ -1,18 +1,22 @@
 """A pass over the graphs that vLLM compiles: what is quantized is quantized where it is made.
 
     vllm_ir.rms_norm, vllm_ir.fused_add_rms_norm -> quantize_activation     norm_quantize
+    vllm.all_reduce -> norm_quantize                                all_reduce_norm_quantize
     silu(gate) * up, as Inductor decomposes it   -> quantize_activation     silu_mul_quantize
 
 Anything else stays as it is, and so does a norm of other sizes or dtypes than `norm_quantize` has.
 Where a norm's residual is itself a sum of this graph, `norm_quantize` gets what that is the sum of:
 Inductor would compute it so, in float32, and nobody has to store that sum.
+
+Sums over tensor-parallel ranks are this package's where vLLM's are made by its custom all-reduce,
+of which they are bit-identical; `all_reduce` says of which size.
 """
 
 from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,17 +25,18 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.config import CompilationMode, get_current_vllm_config_or_none
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_intscale import ops
+from vllm_intscale import all_reduce, ops
 from vllm_intscale.compile_cache import code_digest
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.row_kernels import MAX_ADDENDS, MAX_NORM_K, MAX_ROW_BYTES
 
 logger = init_logger("vllm.intscale")
 aten, prims = torch.ops.aten, torch.ops.prims
-QUANTIZE = ops.quantize_activation.default
+QUANTIZE, NORM_QUANTIZE = ops.quantize_activation.default, ops.norm_quantize.default
 
 
 def install() -> None:
@@ -39,18 +44,39 @@ def install() -> None:
 
     Raises IntScaleError for a wrong INTSCALE_FUSE.
     """
+    if config := _compiling():
+        passes = config.compilation_config.inductor_compile_config
+        found = passes.setdefault(current_platform.pass_key, QuantizeWhereMade())
+        if not isinstance(found, QuantizeWhereMade):
+            logger.warning_once("intscale: another pass over compiled graphs is set, ours is not")
+
+
+def connect_ranks() -> None:
+    """Have tensor-parallel ranks exchange what their sums need, if those are to be fused.
+
+    All ranks call this, when their model is loaded.
+    """
+    if not (config := _compiling()) or config.parallel_config.tensor_parallel_size == 1:
+        return
+    group, columns = get_tp_group(), config.model_config.get_hidden_size()
+    custom = getattr(group.device_communicator, "ca_comm", None)  # of GPUs that reach each other
+    if custom is None or custom.disabled or columns % 8:
+        logger.info_once("intscale: sums over ranks are vLLM's")
+        return
+    dtype = config.model_config.dtype
+    all_reduce.connect(group.unique_name, group.cpu_group, columns, dtype, group.device)
+    logger.info_once("intscale: sums over %d ranks are fused with norms", group.world_size)
+
+
+def _compiling() -> Any:
+    """The config of the engine that is being built, if it compiles its model and we are to fuse."""
     config = get_current_vllm_config_or_none()
     fuse = os.environ.get("INTSCALE_FUSE", "1")
     if fuse not in ("0", "1"):
         raise IntScaleError(f"INTSCALE_FUSE is {fuse!r}; it must be 0 or 1")
     if config is None or fuse == "0":
-        return
-    compilation = config.compilation_config
-    if compilation.mode not in (None, CompilationMode.NONE):
-        passes = compilation.inductor_compile_config
-        found = passes.setdefault(current_platform.pass_key, QuantizeWhereMade())
-        if not isinstance(found, QuantizeWhereMade):
-            logger.warning_once("intscale: another pass over compiled graphs is set, ours is not")
+        return None
+    return config if config.compilation_config.mode not in (None, CompilationMode.NONE) else None
 
 
 class QuantizeWhereMade(InductorPass):  # type: ignore[misc]
@@ -63,6 +89,10 @@ class QuantizeWhereMade(InductorPass):  # type: ignore[misc]
         for added in sums:
             if not added.users:
                 _forget_sum(added)
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        for node in order:
+            if node.target is NORM_QUANTIZE:
+                _fuse_all_reduce(graph, node, order)
         products = sum(_fuse_silu_mul(graph, made) for made in quantized)
         logger.info_once(
             "intscale: %d of %d inputs of layers are quantized by the norm before them, %d by "
@@ -100,7 +130,7 @@ def _fuse_norm(graph: Graph, made: Any, sums: list[Node]) -> bool:
         return False
     keep_norm = any(user.target is not QUANTIZE for user in made.users)
     args = ([*addends, x], weight, epsilon, keep_norm, bool(addends))
-    a8, token_scale, y, added = _insert(graph, norm, ops.norm_quantize.default, args)
+    a8, token_scale, y, added = _insert(graph, norm, NORM_QUANTIZE, args)
     _replace_quantized(graph, made, a8, token_scale)
     if addends:
         sums.append(added)
@@ -130,6 +160,27 @@ def _forget_sum(added: Any) -> None:
     norm.args = (*norm.args[:-1], False)
     norm.meta["val"] = (*norm.meta["val"][:-1], norm.meta["val"][-1].new_empty(0))
     added.meta["val"] = norm.meta["val"][-1]
+
+
+def _fuse_all_reduce(graph: Graph, norm: Any, order: Mapping[Node, int]) -> None:
+    """Have a `norm_quantize` add up the ranks' parts of its last addend, if it can be the first
+    to need their sum.
+    """
+    others: list[Any] = list(norm.args[0])
+    reduced = others.pop()
+    if not _is(reduced, torch.ops.vllm.all_reduce) or reduced in others:
+        return
+    if any(order.get(user, -1) < order[norm] for user in reduced.users):
+        return
+    part, group_name = list(reduced.args) + list(reduced.kwargs.values())
+    args = ([*others, part], *norm.args[1:], group_name)
+    *results, total = _insert(graph, norm, ops.all_reduce_norm_quantize.default, args)
+    for result in list(norm.users):
+        result.replace_all_uses_with(results[result.args[1]])
+        graph.erase_node(result)
+    graph.erase_node(norm)
+    reduced.replace_all_uses_with(total)
+    graph.erase_node(reduced)
 
 
 def _fuse_silu_mul(graph: Graph, made: Any) -> bool:

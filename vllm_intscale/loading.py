@@ -15,7 +15,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_intscale import compile_cache
+from vllm_intscale import compile_cache, fusion
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import LayerScheme, largest_group_size
 
@@ -175,6 +175,7 @@ class LoadReport:
         self._layouts[layer] = kernel, [(tuple(w.shape), w.dtype) for w in weights]
         if not self._waiting:
             compile_cache.name_layouts(self._layouts)
+            fusion.connect_ranks()
             counts = Counter(self.layers.values())
             parts = [f"{count} {description}" for description, count in counts.items()]
             kernels = Counter(self.kernels.values())

@@ -2,6 +2,7 @@
 
     quantize_activation   x [M, K] -> a8 int8 (CPU: [M, K]; CUDA: tiles), token_scale float32 [M]
     norm_quantize         addends, weight -> a8, token_scale, the normed sum, the sum
+    all_reduce_norm_quantize   the same; the last addend is a rank's part of a sum, which is added
     silu_mul_quantize     gate_up [M, 2 K] -> a8, token_scale of silu(gate) * up
     gemm                  a8, token_scale, weight, bias -> y [M, N]
     moe                   x [M, H], w13, w2, routing -> y [M, H]
@@ -87,6 +88,18 @@ def _norm_quantize_fake(
     return (*_quantize_activation_fake(x), *kept)  # type: ignore[return-value]
 
 
+def _all_reduce_norm_quantize_fake(
+    addends: list[Tensor],
+    weight: Tensor,
+    epsilon: float,
+    keep_norm: bool,
+    keep_sum: bool,
+    group_name: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    norm = _norm_quantize_fake(addends, weight, epsilon, keep_norm, keep_sum)
+    return *norm, torch.empty_like(addends[-1])
+
+
 def _silu_mul_quantize_fake(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return _quantize_activation_fake(gate_up[:, : gate_up.shape[1] // 2])
 
@@ -114,6 +127,11 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
     "norm_quantize(Tensor[] addends, Tensor weight, float epsilon, bool keep_norm, bool keep_sum) "
     "-> (Tensor, Tensor, Tensor, Tensor)": (cpu_backend.norm_quantize, _norm_quantize_fake),
+    "all_reduce_norm_quantize(Tensor[] addends, Tensor weight, float epsilon, bool keep_norm, "
+    "bool keep_sum, str group_name) -> (Tensor, Tensor, Tensor, Tensor, Tensor)": (
+        cpu_backend.all_reduce_norm_quantize,
+        _all_reduce_norm_quantize_fake,
+    ),
     "silu_mul_quantize(Tensor gate_up) -> (Tensor, Tensor)": (
         cpu_backend.silu_mul_quantize,
         _silu_mul_quantize_fake,
@@ -137,6 +155,7 @@ for _schema, (_cpu, _fake) in _OPERATORS.items():
 
 quantize_activation = torch.ops.intscale.quantize_activation
 norm_quantize = torch.ops.intscale.norm_quantize
+all_reduce_norm_quantize = torch.ops.intscale.all_reduce_norm_quantize
 silu_mul_quantize = torch.ops.intscale.silu_mul_quantize
 gemm = torch.ops.intscale.gemm
 moe = torch.ops.intscale.moe

@@ -89,7 +89,7 @@ def _blocks_of_row(slots: int, k: int) -> int:
 
 
 @cache
-def _float32_bits(number: float) -> int:
+def float32_bits(number: float) -> int:
     """As a launch takes it."""
     (bits,) = struct.unpack("I", struct.pack("f", number))
     return int(bits)
@@ -118,7 +118,7 @@ def norm_quantize(
         inputs = [aligned(addend).contiguous() for addend in addends]
         unused = [None] * (MAX_ADDENDS - len(inputs))
         outputs = (a8, token_scale, y if keep_norm else None, added if keep_sum else None)
-        args = (*inputs, *unused, weight, _float32_bits(epsilon), *outputs, k, a8.shape[1])
+        args = (*inputs, *unused, weight, float32_bits(epsilon), *outputs, k, a8.shape[1])
         kernel, threads = row_kernel("norm_quantize", x.dtype), reference.norm_threads(k)
         jit.launch(kernel, x.device, (m,), threads, args, overlap=True)
     return a8, token_scale, y, added

@@ -1,0 +1,153 @@
+"""Sums over tensor-parallel ranks that the norm after them reads: `cuda/all_reduce.cu`.
+
+Ranks write to each other's memory, where vLLM's own custom all-reduce does so, too; `connect` is
+called by each of them when its model is loaded. What is too large is summed by vLLM.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_intscale import jit, reference
+from vllm_intscale.activations import new_activation
+from vllm_intscale.errors import IntScaleError
+from vllm_intscale.row_kernels import MAX_ADDENDS, aligned, dtype_code, float32_bits, norm_quantize
+
+MAX_ROWS = 128  # kMaxRows of all_reduce.cu
+MAX_RANKS = 8  # kMaxRanks
+MAX_BYTES = 2 << 20  # that a rank sends; beyond it is time for all-reduces of two phases
+UNSENT = 0xFF  # each byte of an inbox
+
+
+class Inboxes(NamedTuple):
+    """Of the ranks of a group, as one of them sees them.
+
+    addresses: int64 `[ranks]`. turns: int32 `[MAX_ROWS]`. columns: those of the rows they take.
+    """
+
+    addresses: Tensor
+    turns: Tensor
+    rank: int
+    ranks: int
+    columns: int
+
+    def take(self, rows: int, columns: int) -> bool:
+        """Whether a sum of so many rows goes through them."""
+        sent = 2 * rows * columns * (self.ranks - 1)
+        limit = min(MAX_ROWS, _multiprocessors(self.turns.device.index))
+        return rows <= limit and columns == self.columns and sent <= MAX_BYTES
+
+
+_inboxes: dict[str, Inboxes] = {}  # by name of the group
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def inbox_bytes(ranks: int, columns: int) -> int:
+    return 2 * ranks * MAX_ROWS * columns * 2
+
+
+def make_inboxes(addresses: list[int], rank: int, columns: int, device: torch.device) -> Inboxes:
+    """addresses: of `inbox_bytes` on each rank, every byte UNSENT. columns: a multiple of 8."""
+    return Inboxes(
+        torch.tensor(addresses, dtype=torch.int64, device=device),
+        torch.zeros(MAX_ROWS, dtype=torch.int32, device=device),
+        rank,
+        len(addresses),
+        columns,
+    )
+
+
+def connect(name: str, group: Any, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Exchange inboxes with the other ranks of a process group, which all call this.
+
+    name: that of vLLM's group. group: for messages between their hosts. columns: of the rows.
+    """
+    import torch.distributed as dist
+
+    if name in _inboxes:  # by another model of the same engine
+        return
+    runtime = jit.import_cupy().cuda.runtime
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    with torch.cuda.device(device):
+        jit.load(_kernel(dtype, columns), device.index)
+        size = inbox_bytes(ranks, columns)
+        own = runtime.malloc(size)  # not torch's: one allocation is shared as a whole
+        runtime.memset(own, UNSENT, size)
+        runtime.deviceSynchronize()
+        handles: list[Any] = [None] * ranks
+        dist.all_gather_object(handles, runtime.ipcGetMemHandle(own), group)
+        addresses = [
+            own if i == rank else runtime.ipcOpenMemHandle(handle)
+            for i, handle in enumerate(handles)
+        ]
+        _inboxes[name] = make_inboxes(addresses, rank, columns, device)
+        torch.cuda.synchronize()
+    dist.barrier(group)
+
+
+@cache
+def _kernel(dtype: torch.dtype, columns: int) -> jit.Kernel:
+    threads = reference.norm_threads(columns)
+    defines = (("DTYPE", dtype_code(dtype)), ("THREADS", threads))
+    return jit.Kernel("all_reduce.cu", "all_reduce_norm_quantize", defines)
+
+
+def launch(
+    inboxes: Inboxes,
+    addends: list[Tensor],
+    weight: Tensor,
+    epsilon: float,
+    keep_norm: bool,
+    keep_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`norm_quantize` of these addends, the last of which is this rank's part of a sum.
+
+    Also gives that sum. All ranks must launch the same.
+    """
+    *others, partial = [aligned(addend).contiguous() for addend in addends]
+    for other in (weight, *others):
+        if other.dtype is not partial.dtype:
+            raise IntScaleError(f"all-reduce of {partial.dtype} and {other.dtype}; convert one")
+    (m, k), weight = partial.shape, aligned(weight[None])
+    a8, token_scale = new_activation(partial, m, k), partial.new_empty(m, dtype=torch.float32)
+    y, added = (partial.new_empty((m, k) if wanted else 0) for wanted in (keep_norm, keep_sum))
+    reduced = torch.empty_like(partial)
+    if m:
+        unused = [None] * (MAX_ADDENDS - len(addends))
+        outputs = (a8, token_scale, y if keep_norm else None, added if keep_sum else None, reduced)
+        args = (
+            *(*others, *unused, partial, inboxes.addresses, inboxes.turns, inboxes.rank),
+            *(inboxes.ranks, inboxes.columns // 8, weight, float32_bits(epsilon)),
+            *(*outputs, k, a8.shape[1]),
+        )
+        kernel, threads = _kernel(partial.dtype, k), reference.norm_threads(k)
+        jit.launch(kernel, partial.device, (m,), threads, args, overlap=True)
+    return a8, token_scale, y, added, reduced
+
+
+def all_reduce_norm_quantize(
+    addends: list[Tensor],
+    weight: Tensor,
+    epsilon: float,
+    keep_norm: bool,
+    keep_sum: bool,
+    group_name: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator on GPUs: fused where `Inboxes.take` it, otherwise vLLM's sum and then the norm.
+
+    group_name: of vLLM's group of ranks, all of which call this with as many rows.
+    """
+    inboxes = _inboxes.get(group_name)
+    if inboxes and inboxes.take(*addends[-1].shape):
+        return launch(inboxes, addends, weight, epsilon, keep_norm, keep_sum)
+    reduced = torch.ops.vllm.all_reduce(addends[-1], group_name)
+    norm = norm_quantize([*addends[:-1], reduced], weight, epsilon, keep_norm, keep_sum)
+    return *norm, reduced
