@@ -26,15 +26,13 @@
 constexpr uint32_t kUnsent = 0xffffffff, kOtherNaNs = 0x7fff7fff;
 constexpr int kMaxRows = 128, kMaxRanks = 8;
 
-__device__ __forceinline__ void send(uint4* to, uint4 v) {
-  uint32_t w[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) w[i] = w[i] == kUnsent ? kOtherNaNs : w[i];
-  asm volatile("st.relaxed.sys.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(w[0]),
-               "r"(w[1]), "r"(w[2]), "r"(w[3])
+// To and from memory that another GPU reads or writes.
+__device__ __forceinline__ void store_system(uint4* to, uint4 v) {
+  asm volatile("st.relaxed.sys.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
                : "memory");
 }
-__device__ __forceinline__ uint4 look(const uint4* at) {
+__device__ __forceinline__ uint4 load_system(const uint4* at) {
   uint4 v;
   asm volatile("ld.relaxed.sys.global.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -42,8 +40,61 @@ __device__ __forceinline__ uint4 look(const uint4* at) {
                : "memory");
   return v;
 }
+
+__device__ __forceinline__ uint32_t sendable(uint32_t pair) {
+  return pair == kUnsent ? kOtherNaNs : pair;
+}
+__device__ __forceinline__ void send(uint4* to, uint4 v) {
+  store_system(to, {sendable(v.x), sendable(v.y), sendable(v.z), sendable(v.w)});
+}
 __device__ __forceinline__ bool arrived(uint4 v) {
   return v.x != kUnsent && v.y != kUnsent && v.z != kUnsent && v.w != kUnsent;
+}
+
+constexpr bool kManyRegisters = THREADS <= 512;  // a thread has
+
+// What all ranks have of these columns, added up and rounded. place: where in the inbox a sender's
+// row begins.
+template <typename Place>
+__device__ __forceinline__ void sum_over_ranks(uint4 (&sum)[kHeld], const uint4 (&own)[kHeld],
+                                               uint4* inbox, Place place, int rank, int ranks,
+                                               int vectors) {
+  constexpr int kTogether = kManyRegisters ? kHeld : 1;
+#pragma unroll
+  for (int j0 = 0; j0 < kHeld; j0 += kTogether) {
+    const int i0 = threadIdx.x + j0 * blockDim.x;
+    float total[kTogether][kVector];
+    for (int sender = 0; sender < ranks; ++sender) {
+      uint4 v[kTogether];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) v[j] = own[j0 + j];
+      if (sender != rank) {
+        uint4* const from = inbox + place(sender) + i0;
+        bool complete;
+        do {
+          complete = true;
+#pragma unroll
+          for (int j = 0; j < kTogether; ++j) {
+            if (i0 + j * blockDim.x >= vectors) continue;
+            v[j] = load_system(from + j * blockDim.x);
+            complete = complete && arrived(v[j]);
+          }
+        } while (!complete);
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+          if (i0 + j * blockDim.x >= vectors) continue;
+          from[j * blockDim.x] = make_uint4(kUnsent, kUnsent, kUnsent, kUnsent);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        if (sender == 0) unpack8<DTYPE>(v[j], total[j]);
+        if (sender > 0) add_vector(total[j], v[j]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) sum[j0 + j] = pack8(total[j]);
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -81,50 +132,25 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   clear_flags(a8, rows_padded, k);
   Columns added = {};
-#pragma unroll
-  for (int j = 0; j < kHeld; ++j) {  // while the others' are on their way
-    const int i = threadIdx.x + j * blockDim.x;
-    if (i >= vectors) continue;
-    if (x0 != nullptr) unpack8<DTYPE>(x0[first + i], added[j]);
-    if (x1 != nullptr) add_vector(added[j], x1[first + i]);
-  }
-  Columns total;
-  for (int sender = 0; sender < ranks; ++sender) {
-    uint4 v[kHeld];
-#pragma unroll
-    for (int j = 0; j < kHeld; ++j) v[j] = own[j];
-    if (sender != rank) {
-      uint4* const from = inbox_of[rank] + place(sender);
-      bool complete;
-      do {
-        complete = true;
-#pragma unroll
-        for (int j = 0; j < kHeld; ++j) {
-          const int i = threadIdx.x + j * blockDim.x;
-          if (i >= vectors) continue;
-          v[j] = look(from + i);
-          complete = complete && arrived(v[j]);
-        }
-      } while (!complete);
-#pragma unroll
-      for (int j = 0; j < kHeld; ++j) {
-        const int i = threadIdx.x + j * blockDim.x;
-        if (i < vectors) from[i] = make_uint4(kUnsent, kUnsent, kUnsent, kUnsent);
-      }
-    }
+  const auto add_others = [&] {
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
-      if (sender == 0) unpack8<DTYPE>(v[j], total[j]);
-      if (sender > 0) add_vector(total[j], v[j]);
+      const int i = threadIdx.x + j * blockDim.x;
+      if (i >= vectors) continue;
+      if (x0 != nullptr) unpack8<DTYPE>(x0[first + i], added[j]);
+      if (x1 != nullptr) add_vector(added[j], x1[first + i]);
     }
-  }
+  };
+  if (kManyRegisters) add_others();  // while those of the ranks are on their way
+  uint4 total[kHeld];
+  sum_over_ranks(total, own, inbox_of[rank], place, rank, ranks, vectors);
+  if (!kManyRegisters) add_others();
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
     const int i = threadIdx.x + j * blockDim.x;
-    const uint4 rounded = pack8(total[j]);
-    if (x0 == nullptr) unpack8<DTYPE>(rounded, added[j]);
-    if (x0 != nullptr) add_vector(added[j], rounded);
-    if (i < vectors) reduced[first + i] = rounded;
+    if (x0 == nullptr) unpack8<DTYPE>(total[j], added[j]);
+    if (x0 != nullptr) add_vector(added[j], total[j]);
+    if (i < vectors) reduced[first + i] = total[j];
   }
   norm_and_quantize(added, weights, epsilon, a8, token_scale, y, sum, k, rows_padded);
   if (threadIdx.x == 0) turns[row] = turn ^ 1;  // which all have read: there are barriers between

@@ -9,6 +9,8 @@
 // Not here: the memory model (all of memory is the same for everyone at once), timing, and ptxas.
 #include <ucontext.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -39,6 +41,10 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 template <class A, class B>
 auto min(A a, B b) -> decltype(a + b) {
   return a < b ? a : b;
+}
+template <class A, class B>
+auto max(A a, B b) -> decltype(a + b) {
+  return a < b ? b : a;
 }
 template <class To, class From>
 To bits_as(From v) {
@@ -100,12 +106,16 @@ struct Copy {
   const void* from;
   uint32_t bytes, barrier;
 };
+struct Word {  // on its way to another GPU
+  uint32_t *to, value;
+};
 using Range = std::pair<const void*, int64_t>;  // of global memory
 
 struct Machine {
   int grid, threads, cluster;
   uint32_t seed;
-  std::vector<Range> readable, writable;  // by bulk copies; by stores of outputs
+  std::vector<Range> readable, writable;  // by bulk copies; by stores of outputs, to other GPUs
+  int ranks = 1;                          // which share the blocks evenly
 
   std::vector<Fiber> fibers;
   Fiber* now = nullptr;
@@ -115,6 +125,10 @@ struct Machine {
   std::map<std::pair<int, int>, Meeting> meetings;
   std::vector<Cluster> clusters;
   std::vector<Copy> copies;
+  std::vector<Word> words;
+  std::map<std::pair<int, int>, std::vector<char>> statics;
+  std::map<int, std::array<uint32_t, 32>> of_lanes;
+  std::map<std::pair<int, const void*>, int> seen;
   bool progress = false;
   std::string error;
 
@@ -133,7 +147,8 @@ struct Index {
   uint32_t x;
 };
 #define threadIdx (Index{uint32_t(machine->now->thread)})
-#define blockIdx (Index{uint32_t(machine->now->block)})
+#define blockIdx (Index{uint32_t(machine->now->block % (machine->grid / machine->ranks))})
+#define blockDim (Index{uint32_t(machine->threads)})
 #define gridDim (Index{uint32_t(machine->grid)})
 
 inline void wait_until(std::function<bool()> happened) {
@@ -155,6 +170,22 @@ inline void named_barrier(int id, int count) { meet(meeting_of_block(id), count)
 inline void __syncthreads() { named_barrier(0, machine->threads); }
 inline void __syncwarp() { named_barrier(100 + machine->now->thread / 32, 32); }
 inline int __shfl_sync(uint32_t, int uniform, int) { return uniform; }
+// What all lanes of a warp give.
+inline std::array<uint32_t, 32> shared_by_lanes(uint32_t own) {
+  auto& lanes = machine->of_lanes[(machine->now - machine->fibers.data()) / 32];
+  lanes[machine->now->thread % 32] = own;
+  __syncwarp();
+  const auto all = lanes;
+  __syncwarp();
+  return all;
+}
+inline float __shfl_xor_sync(uint32_t, float v, int mask) {
+  return bits_as<float>(shared_by_lanes(bits_as<uint32_t>(v))[machine->now->thread % 32 ^ mask]);
+}
+inline uint32_t __reduce_max_sync(uint32_t, uint32_t v) {
+  const auto all = shared_by_lanes(v);
+  return *std::max_element(all.begin(), all.end());
+}
 inline bool elect_one() { return machine->now->thread % 32 == 0; }
 
 inline uint8_t* in_shared(uint32_t address, uint32_t bytes) {
@@ -173,6 +204,13 @@ T load_from_shared(uint32_t address) {
 template <class T>
 void store_to_shared(uint32_t address, T v) {
   memcpy(in_shared(address, sizeof(v)), &v, sizeof(v));
+}
+// A variable in static shared memory, which the source line tells from others.
+template <class T>
+T& static_of_block(int line) {
+  auto& bytes = machine->statics[{machine->now->block, line}];
+  bytes.resize(sizeof(T));
+  return *reinterpret_cast<T*>(bytes.data());
 }
 inline void check_global(const std::vector<Range>& ranges, const void* p, int64_t bytes) {
   const char* at = static_cast<const char*>(p);
@@ -420,6 +458,35 @@ inline void store_global(void* p, uint4 v, bool valid) {
   if (machine->error.empty()) memcpy(p, &v, 16);
 }
 
+// ---- rows.cuh, all_reduce.cu -------------------------------------------------------------------
+
+inline uint32_t max_of_halves(uint32_t a, uint32_t b) {
+  return std::max(a & 0xffff0000, b & 0xffff0000) | std::max(a & 0xffff, b & 0xffff);
+}
+// Each word arrives by itself, some time.
+inline void store_system(uint4* to, uint4 v) {
+  check_global(machine->writable, to, 16);
+  const uint32_t values[4] = {v.x, v.y, v.z, v.w};
+  for (int i = 0; i < 4; ++i) {
+    machine->words.push_back({reinterpret_cast<uint32_t*>(to) + i, values[i]});
+  }
+}
+// Who looks again and again is passed over until another word is there.
+inline uint4 load_system(const uint4* at) {
+  check_global(machine->writable, at, 16);
+  int& seen = machine->seen[{int(machine->now - machine->fibers.data()), at}];
+  const auto there = [at] {
+    return (at->x != ~0u) + (at->y != ~0u) + (at->z != ~0u) + (at->w != ~0u);
+  };
+  wait_until([&seen, there] { return there() > seen; });
+  seen = there() % 4;
+  return *at;
+}
+// Where all blocks of a rank wait for each other: between two kernels.
+inline void end_of_kernel(int rank) {
+  meet(machine->meetings[{-1 - rank, 0}], machine->grid / machine->ranks * machine->threads);
+}
+
 // ---- running -----------------------------------------------------------------------------------
 
 inline std::function<void()> kernel;
@@ -447,11 +514,14 @@ inline std::string run(Machine& m) {
     fiber.context.uc_stack.ss_size = fiber.stack.size();
     makecontext(&fiber.context, run_fiber, 0);
   }
+  int paused = -1;  // a rank: others go on, as far as they get
   for (bool running = true; running && m.error.empty();) {
     running = false;
-    bool progress = false;
+    if (m.ranks > 1 && m.random() % 16 == 0) paused = int(m.random() % (m.ranks + 1)) - 1;
+    bool progress = paused >= 0;
     for (Fiber& fiber : m.fibers) {
       running |= !fiber.done;
+      if (fiber.block / (m.grid / m.ranks) == paused) continue;
       if (fiber.done || (fiber.waits_for && !fiber.waits_for()) || !m.error.empty()) continue;
       fiber.waits_for = nullptr;
       m.now = &fiber;
@@ -459,7 +529,17 @@ inline std::string run(Machine& m) {
       m.now = nullptr;
       progress = true;
     }
-    if (running && !progress && m.copies.empty()) m.fail("deadlock");
+    if (running && !progress && m.copies.empty() && m.words.empty()) m.fail("deadlock");
+    for (size_t i = 0; i < m.words.size();) {
+      if (m.random() % 3 > 0 && (progress || i > 0)) {
+        ++i;
+        continue;
+      }
+      *m.words[i].to = m.words[i].value;
+      m.words[i] = m.words.back();
+      m.words.pop_back();
+      progress = true;
+    }
     for (size_t i = 0; i < m.copies.size();) {
       if (m.random() % 3 > 0 && (progress || i > 0)) {
         ++i;

@@ -1,7 +1,7 @@
-"""Runs `cuda/sm90_w4a8_gemm.cu` on a CPU, as it is: only functions made of PTX are replaced.
+"""Runs kernels of `cuda/` on a CPU, as they are: only functions made of PTX are replaced.
 
 `emulator.h` has those, and the machine: threads, shared memory, mbarriers, bulk copies, wgmma,
-clusters. So what the kernel computes, and whether its threads wait for each other for ever, can be
+clusters, words on their way between GPUs. So what a kernel computes, and whether its threads wait for each other for ever, can be
 tested without a GPU. It says nothing of the memory model, of speed, and of what ptxas makes of it.
 """
 
@@ -26,31 +26,29 @@ from vllm_intscale.sm90_tiles import Tile
 HEADER = Path(__file__).with_name("emulator.h")
 COMPILER = shutil.which("g++")
 OPTIONS = ("-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
-NOT_USED = {"max_of_halves", "copy16", "load_matrix_x4", "mma_s8"}  # by this kernel
+NOT_USED = {"copy16", "load_matrix_x4", "mma_s8"}  # by these kernels
 FUNCTION = re.compile(
     r"(?:template <[^>]*>\n)?__device__ __forceinline__ [^;{}()]*?\b(\w+)"
     r"\((?:[^(){}]|\([^()]*\))*\) *\{"
 )
-ENTRY = """
-#include "emulator.h"
-{source}
+GEMM = """
 extern "C" const char* emulate(int grid, int threads, int cluster, uint32_t seed, int64_t* sizes,
                                const int8_t* a8, const float* token_scale, const uint8_t* weight,
                                const float* unit, const float* channel_scale, const uint16_t* bias,
                                Out* out, int4* partials, int m, int m_pad, int n, int k_blocks,
                                int whole_tiles, const int4* tiles, const int* tile_count,
-                               int least_idle) {{
+                               int least_idle) {
   static std::string error;
-  Machine of_this_launch = {{grid, threads, cluster, seed}};
-  of_this_launch.readable = {{{{a8, sizes[0]}}, {{weight, sizes[1]}}, {{partials, sizes[2]}}}};
-  of_this_launch.writable = {{{{out, sizes[3]}}}};
-  kernel = [=] {{
+  Machine of_this_launch = {grid, threads, cluster, seed};
+  of_this_launch.readable = {{a8, sizes[0]}, {weight, sizes[1]}, {partials, sizes[2]}};
+  of_this_launch.writable = {{out, sizes[3]}};
+  kernel = [=] {
     w4a8_gemm(a8, token_scale, weight, unit, channel_scale, bias, out, partials, m, m_pad, n,
               k_blocks, whole_tiles, tiles, tile_count, least_idle);
-  }};
+  };
   error = run(of_this_launch);
   return error.c_str();
-}}
+}
 """
 
 
@@ -68,27 +66,30 @@ def _without(functions: set[str], source: str) -> str:
 
 
 @functools.cache
-def host_source() -> str:
-    """The kernel's source for a host compiler."""
-    source = jit.read_source("sm90_w4a8_gemm.cu")
+def host_source(file: str) -> str:
+    """A kernel's source for a host compiler."""
+    source = jit.read_source(file)
     # wgmma's macros, from the declaration of the function that they define on.
     start = source.index("template <int N>\n__device__ __forceinline__ void wgmma_s8")
     end = source.index("\n", source.index("DEFINE_WGMMA(256"))
     source = source[:start] + source[end:]
     source = re.sub(r"#ifdef __CUDACC_RTC__.*?#endif", "", source, flags=re.DOTALL)
     source = source.replace("extern __shared__ __align__(1024) uint8_t memory[];", "char* memory;")
+    static = r"using \2_t = \1[\3]; \2_t& \2 = static_of_block<\2_t>(__LINE__);"
+    source = re.sub(r"__shared__ ([\w*]+) (\w+)\[(.*)\];", static, source)
     emulated = set(re.findall(r"^(?:inline )?[\w:<>&*]+ (\w+)\(", HEADER.read_text(), re.MULTILINE))
     source = _without(emulated | NOT_USED, source)
     assert "asm" not in source, re.findall(r".*asm.*", source)
-    return ENTRY.format(source=source)
+    return source
 
 
 @functools.cache
-def compiled(kernel: jit.Kernel) -> ctypes.CDLL:
+def compiled(kernel: jit.Kernel, entry: str) -> ctypes.CDLL:
+    """With its function `emulate`, which the source `entry` defines."""
     assert COMPILER
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
-        source.write_text(host_source())
+        source.write_text(f'#include "emulator.h"\n{host_source(kernel.file)}\n{entry}')
         macros = [f"-D{name}={value}" for name, value in kernel.defines]
         command = [COMPILER, *OPTIONS, "-shared", "-fPIC", f"-I{HEADER.parent}", *macros]
         subprocess.run([*command, str(source), "-o", str(library)], check=True)
@@ -165,7 +166,7 @@ def gemm(
     def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
         return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
-    error = compiled(plan.kernel).emulate(
+    error = compiled(plan.kernel, GEMM).emulate(
         *(*plan.grid, plan.threads, plan.cluster, seed, sizes),
         *map(pointer, (*tensors, scratch)),
         *(m, swizzled.shape[1], n, k_blocks, plan.whole_tiles),

@@ -53,7 +53,7 @@ def check_all_reduce(rank: int) -> None:
     """Sums of changing sizes by ranks that are not in step; then graphs of them, replayed."""
     columns, dtype, device = 4096, torch.bfloat16, torch.device("cuda", rank)
     all_reduce.connect("ranks", dist.new_group(backend="gloo"), columns, dtype, device)
-    inboxes = all_reduce._inboxes["ranks"]
+    inboxes = all_reduce._inboxes["ranks", columns]
     norm = (torch.rand(columns, generator=torch.Generator().manual_seed(0)) + 0.5).to(dtype)
     sizes = (1, 64, 3, 128, 1, 1, 17, 128)
     cases = [test_all_reduce.inputs_of(i, RANKS, m, columns, dtype) for i, m in enumerate(sizes)]

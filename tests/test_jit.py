@@ -19,7 +19,7 @@ import pytest
 import sass
 import torch
 
-from vllm_intscale import cuda_backend, jit, sm90_tiles
+from vllm_intscale import all_reduce, cuda_backend, jit, sm90_tiles
 from vllm_intscale.errors import IntScaleError
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +80,8 @@ def test_every_variant_compiles_without_local_memory(arch: int, tmp_path: Path) 
             stack = cuda_backend.prepare_stack(*(t[None] for t in packed), family)
             for weight in (matrix, stack):
                 variants.update(cuda_backend.kernels(weight[:2], dtype))
-    row_kernels = 5 * 2 + 1
+        variants |= {all_reduce.kernel(dtype, columns) for columns in (8192, 16384)}
+    row_kernels = 5 * 2 + 1 + 2 * 2
     int4 = 7 * 2 + (21 + 14 if arch == 90 else 0)  # for each group size
     int8 = 7 * 2 + (11 + 8 if arch == 90 else 0)
     assert len(variants) == row_kernels + (int4 * 3 + int8) * 2

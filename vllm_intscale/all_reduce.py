@@ -18,7 +18,6 @@ from vllm_intscale.errors import IntScaleError
 from vllm_intscale.row_kernels import MAX_ADDENDS, aligned, dtype_code, float32_bits, norm_quantize
 
 MAX_ROWS = 128  # kMaxRows of all_reduce.cu
-MAX_RANKS = 8  # kMaxRanks
 MAX_BYTES = 2 << 20  # that a rank sends; beyond it is time for all-reduces of two phases
 UNSENT = 0xFF  # each byte of an inbox
 
@@ -27,6 +26,7 @@ class Inboxes(NamedTuple):
     """Of the ranks of a group, as one of them sees them.
 
     addresses: int64 `[ranks]`. turns: int32 `[MAX_ROWS]`. columns: those of the rows they take.
+    rows: the most that they take at once, on all ranks.
     """
 
     addresses: Tensor
@@ -34,67 +34,70 @@ class Inboxes(NamedTuple):
     rank: int
     ranks: int
     columns: int
+    rows: int
 
-    def take(self, rows: int, columns: int) -> bool:
+    def take(self, rows: int) -> bool:
         """Whether a sum of so many rows goes through them."""
-        sent = 2 * rows * columns * (self.ranks - 1)
-        limit = min(MAX_ROWS, _multiprocessors(self.turns.device.index))
-        return rows <= limit and columns == self.columns and sent <= MAX_BYTES
+        return rows <= self.rows and 2 * rows * self.columns * (self.ranks - 1) <= MAX_BYTES
 
 
-_inboxes: dict[str, Inboxes] = {}  # by name of the group
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+_inboxes: dict[tuple[str, int], Inboxes] = {}  # by group and columns
 
 
 def inbox_bytes(ranks: int, columns: int) -> int:
     return 2 * ranks * MAX_ROWS * columns * 2
 
 
-def make_inboxes(addresses: list[int], rank: int, columns: int, device: torch.device) -> Inboxes:
-    """addresses: of `inbox_bytes` on each rank, every byte UNSENT. columns: a multiple of 8."""
+def make_inboxes(
+    addresses: list[int], rank: int, columns: int, rows: int, device: torch.device
+) -> Inboxes:
+    """addresses: of `inbox_bytes` on each rank, every byte UNSENT. columns: a multiple of 8.
+
+    rows: no more than multiprocessors of any rank's GPU.
+    """
     return Inboxes(
         torch.tensor(addresses, dtype=torch.int64, device=device),
         torch.zeros(MAX_ROWS, dtype=torch.int32, device=device),
         rank,
         len(addresses),
         columns,
+        min(rows, MAX_ROWS),
     )
 
 
 def connect(name: str, group: Any, columns: int, dtype: torch.dtype, device: torch.device) -> None:
     """Exchange inboxes with the other ranks of a process group, which all call this.
 
-    name: that of vLLM's group. group: for messages between their hosts. columns: of the rows.
+    name: that of vLLM's group. group: for messages between their hosts, up to 8 on one machine.
+    columns: of the rows.
     """
     import torch.distributed as dist
 
-    if name in _inboxes:  # by another model of the same engine
+    jit.load(kernel(dtype, columns), device.index)
+    if (name, columns) in _inboxes:  # by another model of the same engine
         return
     runtime = jit.import_cupy().cuda.runtime
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     with torch.cuda.device(device):
-        jit.load(_kernel(dtype, columns), device.index)
         size = inbox_bytes(ranks, columns)
         own = runtime.malloc(size)  # not torch's: one allocation is shared as a whole
         runtime.memset(own, UNSENT, size)
         runtime.deviceSynchronize()
-        handles: list[Any] = [None] * ranks
-        dist.all_gather_object(handles, runtime.ipcGetMemHandle(own), group)
+        rows = torch.cuda.get_device_properties(device).multi_processor_count
+        of_ranks: list[Any] = [None] * ranks
+        dist.all_gather_object(of_ranks, (runtime.ipcGetMemHandle(own), rows), group)
         addresses = [
             own if i == rank else runtime.ipcOpenMemHandle(handle)
-            for i, handle in enumerate(handles)
+            for i, (handle, _) in enumerate(of_ranks)
         ]
-        _inboxes[name] = make_inboxes(addresses, rank, columns, device)
+        rows = min(rows for _, rows in of_ranks)
+        _inboxes[name, columns] = make_inboxes(addresses, rank, columns, rows, device)
         torch.cuda.synchronize()
     dist.barrier(group)
 
 
 @cache
-def _kernel(dtype: torch.dtype, columns: int) -> jit.Kernel:
+def kernel(dtype: torch.dtype, columns: int) -> jit.Kernel:
     threads = reference.norm_threads(columns)
     defines = (("DTYPE", dtype_code(dtype)), ("THREADS", threads))
     return jit.Kernel("all_reduce.cu", "all_reduce_norm_quantize", defines)
@@ -128,8 +131,9 @@ def launch(
             *(inboxes.ranks, inboxes.columns // 8, weight, float32_bits(epsilon)),
             *(*outputs, k, a8.shape[1]),
         )
-        kernel, threads = _kernel(partial.dtype, k), reference.norm_threads(k)
-        jit.launch(kernel, partial.device, (m,), threads, args, overlap=True)
+        threads = reference.norm_threads(k)
+        device = partial.device
+        jit.launch(kernel(partial.dtype, k), device, (m,), threads, args, overlap=True)
     return a8, token_scale, y, added, reduced
 
 
@@ -145,8 +149,9 @@ def all_reduce_norm_quantize(
 
     group_name: of vLLM's group of ranks, all of which call this with as many rows.
     """
-    inboxes = _inboxes.get(group_name)
-    if inboxes and inboxes.take(*addends[-1].shape):
+    rows, columns = addends[-1].shape
+    inboxes = _inboxes.get((group_name, columns))
+    if inboxes and inboxes.take(rows):
         return launch(inboxes, addends, weight, epsilon, keep_norm, keep_sum)
     reduced = torch.ops.vllm.all_reduce(addends[-1], group_name)
     norm = norm_quantize([*addends[:-1], reduced], weight, epsilon, keep_norm, keep_sum)

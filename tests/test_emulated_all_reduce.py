@@ -1,0 +1,134 @@
+"""The sum over ranks with the norm after it, without a GPU: see `emulator`.
+
+Ranks run side by side, each one kernel after the other, and what they send arrives word by word,
+some time. `test_all_reduce` and `test_two_gpus` are the same on GPUs, and what counts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+
+import emulator
+import pytest
+import torch
+from generators import assert_same_bits
+from test_all_reduce import EPSILON, expected, inputs_of
+from torch import Tensor
+
+from vllm_intscale import activations, all_reduce, jit
+from vllm_intscale.row_kernels import float32_bits
+
+pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
+BLOCKS = 5  # of a rank
+ENTRY = f"""
+struct Launch {{
+  int64_t rows, rows_padded;
+  const uint4 *x0, *x1, *partial;
+  uint4 *const *inboxes;
+  uint32_t* turns;
+  const uint4* weight;
+  int8_t* a8;
+  float* token_scale;
+  uint4 *y, *sum, *reduced;
+}};
+extern "C" const char* emulate(int ranks, int threads, uint32_t seed, const char* inboxes,
+                               int64_t bytes, const Launch* launches, int sums, int64_t k,
+                               uint32_t epsilon) {{
+  static std::string error;
+  Machine of_all = {{ranks * {BLOCKS}, threads, 1, seed}};
+  of_all.writable = {{{{inboxes, bytes}}}}, of_all.ranks = ranks;
+  kernel = [=] {{
+    const int rank = machine->now->block / {BLOCKS};
+    for (int i = 0; i < sums; ++i) {{
+      const Launch& l = launches[i * ranks + rank];
+      if (int(blockIdx.x) < l.rows) {{
+        all_reduce_norm_quantize(l.x0, l.x1, l.partial, l.inboxes, l.turns, rank, ranks, k / 8,
+                                 l.weight, bits_as<float>(epsilon), l.a8, l.token_scale, l.y, l.sum,
+                                 l.reduced, k, l.rows_padded);
+      }}
+      end_of_kernel(rank);
+    }}
+  }};
+  error = run(of_all);
+  return error.c_str();
+}}
+"""
+
+
+def run(ranks: int, columns: int, dtype: torch.dtype, sizes: tuple[int, ...], seed: int) -> None:
+    """One sum after the other on all ranks. Raises AssertionError if anything is wrong."""
+    kernel = all_reduce.kernel(dtype, columns)
+    weight = (torch.rand(columns) + 0.5).to(dtype)
+    memory = torch.full(
+        (ranks, all_reduce.inbox_bytes(ranks, columns)), all_reduce.UNSENT, dtype=torch.uint8
+    )
+    addresses, cpu = [row.data_ptr() for row in memory], torch.device("cpu")
+    inboxes = [
+        all_reduce.make_inboxes(addresses, rank, columns, BLOCKS, cpu) for rank in range(ranks)
+    ]
+    cases, launches = [], []
+    for i, rows in enumerate(sizes):
+        tensors, number = inputs_of(seed + i, ranks, rows, columns, dtype), i % 3
+        padded = -(-rows // 8) * 8
+        for rank in range(ranks):
+            a8 = torch.full((-(-columns // 128), padded, 128), 77, dtype=torch.int8)
+            a8 = activations.swizzle(a8.transpose(0, 1).flatten(1))  # flags behind them
+            scale = torch.full((rows,), torch.nan)
+            kept = [torch.full((rows, columns), torch.nan, dtype=dtype) for _ in range(3)]
+            cases.append((number, tensors, (a8, scale, *kept)))
+            read: list[Tensor | None] = [None, None]
+            read[:number] = tensors[:number]
+            read += [tensors[2 + rank], inboxes[rank].addresses, inboxes[rank].turns, weight]
+            pointers = [None if t is None else t.data_ptr() for t in (*read, a8, scale, *kept)]
+            launches += [rows, padded, *(pointer or 0 for pointer in pointers)]
+    error = emulator.compiled(kernel, ENTRY).emulate(
+        *(ranks, dict(kernel.defines)["THREADS"], seed, ctypes.c_void_p(memory.data_ptr())),
+        *(ctypes.c_int64(memory.nbytes), (ctypes.c_int64 * len(launches))(*launches), len(sizes)),
+        *(ctypes.c_int64(columns), float32_bits(EPSILON)),
+    )
+    assert not error, error.decode()
+    for i, (number, tensors, (a8, *others)) in enumerate(cases):
+        codes, *wanted = expected(tensors, number, weight)
+        assert_same_bits(activations.unswizzle(a8, *codes.shape), codes, f"sum {i // ranks}")
+        for a, b in zip(others, wanted, strict=True):
+            assert_same_bits(a, b, f"sum {i // ranks}")
+    assert (memory == all_reduce.UNSENT).all(), "an inbox is not empty"
+
+
+SIZES = (1, 5, 2, 2, 1, 5, 3)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("columns", [96, 520, 1032])
+def test_equals_reference(ranks: int, columns: int) -> None:
+    for dtype, seed in itertools.product((torch.bfloat16, torch.float16), range(3)):
+        run(ranks, columns, dtype, SIZES, seed)
+
+
+@pytest.mark.slow
+def test_rows_of_as_many_threads_as_there_are() -> None:
+    run(2, 16384, torch.bfloat16, (2, 1, 2), 0)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "finding"),
+    [
+        ("pair == kUnsent ? kOtherNaNs : pair", "pair", "deadlock"),
+        ("turns[row] = turn ^ 1", "turns[row] = turn", "differ|deadlock|not empty"),
+        ("complete = complete && arrived(v[j]);", "", "differ|not empty"),
+        ("make_uint4(kUnsent, kUnsent, kUnsent, kUnsent);", "v[j];", "differ"),
+    ],
+    ids=["sends its own signal", "one turn only", "does not wait", "does not clear"],
+)
+def test_defects_are_found(
+    right: str, wrong: str, finding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = jit.read_source("all_reduce.cu")
+    assert source.count(right) == 1
+    monkeypatch.setattr(jit, "read_source", lambda _: source.replace(right, wrong))
+    monkeypatch.setattr(emulator, "host_source", emulator.host_source.__wrapped__)
+    monkeypatch.setattr(emulator, "compiled", emulator.compiled.__wrapped__)
+    with pytest.raises(AssertionError, match=finding):
+        for seed in range(20):
+            run(2, 96, torch.bfloat16, SIZES, seed)
