@@ -1,8 +1,9 @@
 """Runs kernels of `cuda/` on a CPU, as they are: only functions made of PTX are replaced.
 
 `emulator.h` has those, and the machine: threads, shared memory, mbarriers, bulk copies, wgmma,
-clusters, words on their way between GPUs. So what a kernel computes, and whether its threads wait for each other for ever, can be
-tested without a GPU. It says nothing of the memory model, of speed, and of what ptxas makes of it.
+clusters, words on their way between GPUs. So what a kernel computes, and whether its threads wait
+for each other for ever, can be tested without a GPU. It says nothing of the memory model, of speed,
+and of what ptxas makes of it.
 """
 
 from __future__ import annotations
