@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import IGNORE
-from engine import Logprobs
-from gpu_engine import logprobs
+from engine import Logprobs, prompt_logprobs, run
+from gpu_engine import CACHE, SMALL, logprobs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "serving_examples"))
 
@@ -80,6 +80,27 @@ def test_engines(checkpoint: Callable[..., Path], tmp_path: Path, kind: str) -> 
     balancing = {"window_size": 2, "step_interval": 2, "num_redundant_experts": 2}
     moving = experts | {"enable_eplb": True, "eplb_config": balancing}
     assert close(logprobs(folder, tmp_path, PROMPTS * 4, **moving), apart * 4)
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_sums_fused_with_norms(checkpoint: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+    """In compiled graphs; the same bits as by NCCL's sums, which of two ranks are rounded once."""
+    folder = checkpoint(kind, ignore=IGNORE)
+    found, logs = [], []
+    for custom in (True, False):
+        engine = {"enforce_eager": False, "tensor_parallel_size": 2}
+        engine |= {"disable_custom_all_reduce": not custom}
+        arguments = {"model": str(folder), **CACHE, **SMALL, **engine}
+        rounds, _, log = run(tmp_path, arguments, PROMPTS)
+        found.append(prompt_logprobs(rounds))
+        logs.append(log)
+    assert "sums over 2 ranks are fused with norms" in logs[0]
+    assert "sums over ranks are vLLM's" in logs[1]
+    assert found[0] == found[1]
+    eager = logprobs(folder, tmp_path, PROMPTS, tensor_parallel_size=2)
+    assert close(found[0], eager)
 
 
 @pytest.mark.e2e
