@@ -319,7 +319,9 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with set_current_vllm_config(config):
         for value, added in (("0", False), ("1", True)):
             monkeypatch.setenv("INTSCALE_FUSE", value)
+            config.compilation_config.pass_config.fuse_allreduce_rms = True  # FlashInfer's
             fusion.install()
+            assert config.compilation_config.pass_config.fuse_allreduce_rms != added
             found = passes.pop(current_platform.pass_key, None)
             assert isinstance(found, fusion.QuantizeWhereMade) == added
         monkeypatch.setenv("INTSCALE_FUSE", "yes")

@@ -44,11 +44,18 @@ def install() -> None:
 
     Raises IntScaleError for a wrong INTSCALE_FUSE.
     """
-    if config := _compiling():
-        passes = config.compilation_config.inductor_compile_config
-        found = passes.setdefault(current_platform.pass_key, QuantizeWhereMade())
-        if not isinstance(found, QuantizeWhereMade):
-            logger.warning_once("intscale: another pass over compiled graphs is set, ours is not")
+    if not (config := _compiling()):
+        return
+    compilation = config.compilation_config
+    passes = compilation.inductor_compile_config
+    found = passes.setdefault(current_platform.pass_key, QuantizeWhereMade())
+    if not isinstance(found, QuantizeWhereMade):
+        logger.warning_once("intscale: another pass over compiled graphs is set, ours is not")
+    elif compilation.pass_config.fuse_allreduce_rms:  # which comes first, and does not quantize
+        compilation.pass_config.fuse_allreduce_rms = False
+        logger.info_once(
+            "intscale: fuse_allreduce_rms is turned off: norms quantize what they make"
+        )
 
 
 def connect_ranks() -> None:
