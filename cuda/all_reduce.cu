@@ -40,6 +40,10 @@ __device__ __forceinline__ uint4 load_system(const uint4* at) {
                : "memory");
   return v;
 }
+__device__ __forceinline__ void make_unsent(uint4* at) {
+  asm volatile("st.relaxed.sys.global.v4.b32 [%0], {%1, %1, %1, %1};" ::"l"(at), "r"(kUnsent)
+               : "memory");
+}
 
 __device__ __forceinline__ uint32_t sendable(uint32_t pair) {
   return pair == kUnsent ? kOtherNaNs : pair;
@@ -83,7 +87,7 @@ __device__ __forceinline__ void sum_over_ranks(uint4 (&sum)[kHeld], const uint4 
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {
           if (i0 + j * blockDim.x >= vectors) continue;
-          from[j * blockDim.x] = make_uint4(kUnsent, kUnsent, kUnsent, kUnsent);
+          make_unsent(from + j * blockDim.x);
         }
       }
 #pragma unroll

@@ -115,7 +115,7 @@ struct Machine {
   int grid, threads, cluster;
   uint32_t seed;
   std::vector<Range> readable, writable;  // by bulk copies; by stores of outputs, to other GPUs
-  int ranks = 1;                          // which share the blocks evenly
+  int kernels = 1, ranks = 1;  // one after the other, on each; all have as many blocks
 
   std::vector<Fiber> fibers;
   Fiber* now = nullptr;
@@ -127,10 +127,14 @@ struct Machine {
   std::vector<Copy> copies;
   std::vector<Word> words;
   std::map<std::pair<int, int>, std::vector<char>> statics;
-  std::map<int, std::array<uint32_t, 32>> of_lanes;
+  std::map<std::pair<int, int>, std::array<uint32_t, 32>> of_lanes;
+  std::map<int, int> ended;  // threads, by kernel and rank
   std::map<std::pair<int, const void*>, int> seen;
   bool progress = false;
   std::string error;
+
+  int blocks() const { return grid / (kernels * ranks); }
+  int rank_of(const Fiber& fiber) const { return fiber.block / blocks() % ranks; }
 
   void fail(const std::string& what) {
     if (!error.empty()) return;
@@ -147,7 +151,7 @@ struct Index {
   uint32_t x;
 };
 #define threadIdx (Index{uint32_t(machine->now->thread)})
-#define blockIdx (Index{uint32_t(machine->now->block % (machine->grid / machine->ranks))})
+#define blockIdx (Index{uint32_t(machine->now->block % machine->blocks())})
 #define blockDim (Index{uint32_t(machine->threads)})
 #define gridDim (Index{uint32_t(machine->grid)})
 
@@ -172,7 +176,7 @@ inline void __syncwarp() { named_barrier(100 + machine->now->thread / 32, 32); }
 inline int __shfl_sync(uint32_t, int uniform, int) { return uniform; }
 // What all lanes of a warp give.
 inline std::array<uint32_t, 32> shared_by_lanes(uint32_t own) {
-  auto& lanes = machine->of_lanes[(machine->now - machine->fibers.data()) / 32];
+  auto& lanes = machine->of_lanes[{machine->now->block, machine->now->thread / 32}];
   lanes[machine->now->thread % 32] = own;
   __syncwarp();
   const auto all = lanes;
@@ -431,8 +435,14 @@ template <int dtype>
 uint32_t from_floats(float low, float high) {
   return from_float<dtype>(low) | uint32_t(from_float<dtype>(high)) << 16;
 }
-inline void let_next_kernel_start() {}
-inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_start() {}  // all start at once
+inline int own_kernel() { return machine->now->block / machine->blocks(); }  // and rank
+inline void wait_for_previous_kernel() {
+  const int previous = own_kernel() - machine->ranks, all = machine->blocks() * machine->threads;
+  if (previous < 0) return;
+  const int& ended = machine->ended[previous];
+  wait_until([&ended, all] { return ended == all; });
+}
 inline uint32_t shared_address(const void*) { return machine->now->block * kSpan; }
 inline void copy4(uint32_t shared, const void* global, bool valid) {
   store_to_shared(shared, valid ? *static_cast<const uint32_t*>(global) : 0);
@@ -482,10 +492,7 @@ inline uint4 load_system(const uint4* at) {
   seen = there() % 4;
   return *at;
 }
-// Where all blocks of a rank wait for each other: between two kernels.
-inline void end_of_kernel(int rank) {
-  meet(machine->meetings[{-1 - rank, 0}], machine->grid / machine->ranks * machine->threads);
-}
+inline void make_unsent(uint4* at) { *at = {~0u, ~0u, ~0u, ~0u}; }
 
 // ---- running -----------------------------------------------------------------------------------
 
@@ -493,6 +500,7 @@ inline std::function<void()> kernel;
 inline void run_fiber() {
   kernel();
   machine->now->done = true;
+  ++machine->ended[own_kernel()];
   Cluster& cluster = own_cluster();
   --cluster.threads;
   if (cluster.meeting.arrived > 0) cluster.go_on();
@@ -521,8 +529,12 @@ inline std::string run(Machine& m) {
     bool progress = paused >= 0;
     for (Fiber& fiber : m.fibers) {
       running |= !fiber.done;
-      if (fiber.block / (m.grid / m.ranks) == paused) continue;
+      if (m.rank_of(fiber) == paused) continue;
       if (fiber.done || (fiber.waits_for && !fiber.waits_for()) || !m.error.empty()) continue;
+      if (m.ranks > 1 && m.random() % 8 == 0) {
+        progress = true;  // later
+        continue;
+      }
       fiber.waits_for = nullptr;
       m.now = &fiber;
       swapcontext(&m.scheduler, &fiber.context);

@@ -5,6 +5,8 @@ Two GPUs: `test_two_gpus.py`.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from generators import assert_same_bits
@@ -15,19 +17,37 @@ from vllm_intscale import activations, all_reduce, jit, reference
 from vllm_intscale.all_reduce import Inboxes
 from vllm_intscale.row_kernels import norm_quantize
 
-pytestmark = NEEDS_GPU
+
+def on_gpu(test: Any) -> Any:
+    for mark in NEEDS_GPU:
+        test = mark(test)
+    return test
+
+
 EPSILON, MULTIPROCESSORS = 1e-5, 100  # at least
 
 
-def inboxes_of(ranks: int, columns: int) -> tuple[list[Inboxes], Tensor]:
-    """Of all ranks, and their memory, which must outlive them."""
+class Memory(NamedTuple):
+    """Of all ranks, on one device; it must outlive their inboxes."""
+
+    inboxes: Tensor
+    addresses: Tensor
+    turns: Tensor
+
+    def are_empty(self) -> bool:
+        return bool((self.inboxes == all_reduce.UNSENT).all())
+
+
+def inboxes_of(ranks: int, columns: int, rows: int, device: str) -> tuple[list[Inboxes], Memory]:
     size = all_reduce.inbox_bytes(ranks, columns)
-    memory = torch.full((ranks, size), all_reduce.UNSENT, dtype=torch.uint8, device="cuda")
-    addresses, device = [row.data_ptr() for row in memory], memory.device
-    return [
-        all_reduce.make_inboxes(addresses, r, columns, MULTIPROCESSORS, device)
-        for r in range(ranks)
-    ], memory
+    memory = torch.full((ranks, size), all_reduce.UNSENT, dtype=torch.uint8, device=device)
+    addresses = torch.tensor([row.data_ptr() for row in memory], device=device)
+    turns = torch.zeros(ranks, all_reduce.MAX_ROWS, dtype=torch.int32, device=device)
+    inboxes = [
+        Inboxes(addresses.data_ptr(), turns[rank].data_ptr(), rank, ranks, columns, rows)
+        for rank in range(ranks)
+    ]
+    return inboxes, Memory(memory, addresses, turns)
 
 
 def inputs_of(seed: int, ranks: int, rows: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
@@ -75,12 +95,13 @@ def check(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], what: str) -> N
         assert_same_bits(a, b, f"{what} {name}")
 
 
+@on_gpu
 @pytest.mark.parametrize("columns", [128, 520, 4096, 8192, 16384])
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("dtype", HALF)
 def test_equals_reference(dtype: torch.dtype, ranks: int, columns: int) -> None:
     """One sum after the other, of changing sizes, by ranks that are not in step."""
-    inboxes, memory = inboxes_of(ranks, columns)
+    inboxes, memory = inboxes_of(ranks, columns, MULTIPROCESSORS, "cuda")
     weight = (torch.rand(columns) + 0.5).to(dtype)
     streams = [torch.cuda.Stream() for _ in range(ranks)]
     # A block of each rank, and one of its next sum, which starts early, must have room at once.
@@ -95,7 +116,8 @@ def test_equals_reference(dtype: torch.dtype, ranks: int, columns: int) -> None:
     for turn, (number, _, tensors) in enumerate(cases):
         for rank in sorted(range(ranks), key=lambda r: (r + turn) % ranks):
             with torch.cuda.stream(streams[rank]):
-                torch.cuda._sleep(1000 * (7 * turn + 11 * rank) % 9000)
+                if turn % 2:  # the others start beside the one before
+                    torch.cuda._sleep(1000 * (7 * turn + 11 * rank) % 9000)
                 addends = [*tensors[:number], tensors[2 + rank]]
                 found.append(all_reduce.launch(inboxes[rank], addends, on_gpu, EPSILON, True, True))
     torch.cuda.synchronize()
@@ -103,13 +125,17 @@ def test_equals_reference(dtype: torch.dtype, ranks: int, columns: int) -> None:
         wanted = expected(tensors, number, weight)
         for of_rank in found[i * ranks : (i + 1) * ranks]:
             check(of_rank, wanted, f"sum {i} of {tensors[0].shape[0]} rows")
-    assert (memory == all_reduce.UNSENT).all()  # as it was before
+    assert memory.are_empty()
 
 
-def test_replayed_graphs_equal_reference() -> None:
+@on_gpu
+@pytest.mark.parametrize(
+    ("columns", "dtype"), [(4096, torch.bfloat16), (16384, torch.float16)], ids=str
+)
+def test_replayed_graphs_equal_reference(columns: int, dtype: torch.dtype) -> None:
     """What one replay leaves in the inboxes is what the next one needs."""
-    ranks, columns, dtype, sizes = 2, 4096, torch.bfloat16, (1, 16, 5)
-    inboxes, _memory = inboxes_of(ranks, columns)
+    ranks, sizes = 2, (1, 16, 5)
+    inboxes, _memory = inboxes_of(ranks, columns, MULTIPROCESSORS, "cuda")
     weight = (torch.rand(columns) + 0.5).to(dtype)
     on_gpu = weight.cuda()
     cases = [inputs_of(rows, ranks, rows, columns, dtype) for rows in sizes]
@@ -137,8 +163,7 @@ def test_replayed_graphs_equal_reference() -> None:
 
 
 def test_sizes_that_are_taken() -> None:
-    inboxes, _memory = inboxes_of(2, 4096)
-    assert inboxes[0].take(MULTIPROCESSORS) and not inboxes[0].take(MULTIPROCESSORS + 1)
-    wide, _memory = inboxes_of(4, 8192)
+    small, wide = Inboxes(0, 0, 0, 2, 4096, 100), Inboxes(0, 0, 0, 4, 8192, 100)
+    assert small.take(100) and not small.take(101)
     most = all_reduce.MAX_BYTES // (3 * 8192 * 2)
-    assert wide[0].take(most) and not wide[0].take(most + 1)
+    assert wide.take(most) and not wide.take(most + 1)

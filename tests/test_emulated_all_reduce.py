@@ -1,7 +1,7 @@
 """The sum over ranks with the norm after it, without a GPU: see `emulator`.
 
-Ranks run side by side, each one kernel after the other, and what they send arrives word by word,
-some time. `test_all_reduce` and `test_two_gpus` are the same on GPUs, and what counts.
+Ranks run side by side, and so do their kernels, until one waits for that before it; what they send
+arrives word by word, some time. `test_all_reduce` and `test_two_gpus` are the same on GPUs, and what counts.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import emulator
 import pytest
 import torch
 from generators import assert_same_bits
-from test_all_reduce import EPSILON, expected, inputs_of
+from test_all_reduce import EPSILON, expected, inboxes_of, inputs_of
 from torch import Tensor
 
 from vllm_intscale import activations, all_reduce, jit
 from vllm_intscale.row_kernels import float32_bits
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
-BLOCKS = 5  # of a rank
+BLOCKS = 3  # of a rank's kernel
 ENTRY = f"""
 struct Launch {{
   int64_t rows, rows_padded;
@@ -36,19 +36,14 @@ extern "C" const char* emulate(int ranks, int threads, uint32_t seed, const char
                                int64_t bytes, const Launch* launches, int sums, int64_t k,
                                uint32_t epsilon) {{
   static std::string error;
-  Machine of_all = {{ranks * {BLOCKS}, threads, 1, seed}};
-  of_all.writable = {{{{inboxes, bytes}}}}, of_all.ranks = ranks;
+  Machine of_all = {{sums * ranks * {BLOCKS}, threads, 1, seed}};
+  of_all.writable = {{{{inboxes, bytes}}}}, of_all.kernels = sums, of_all.ranks = ranks;
   kernel = [=] {{
-    const int rank = machine->now->block / {BLOCKS};
-    for (int i = 0; i < sums; ++i) {{
-      const Launch& l = launches[i * ranks + rank];
-      if (int(blockIdx.x) < l.rows) {{
-        all_reduce_norm_quantize(l.x0, l.x1, l.partial, l.inboxes, l.turns, rank, ranks, k / 8,
-                                 l.weight, bits_as<float>(epsilon), l.a8, l.token_scale, l.y, l.sum,
-                                 l.reduced, k, l.rows_padded);
-      }}
-      end_of_kernel(rank);
-    }}
+    const Launch& l = launches[own_kernel()];
+    if (int(blockIdx.x) >= l.rows) return;
+    all_reduce_norm_quantize(l.x0, l.x1, l.partial, l.inboxes, l.turns, own_kernel() % ranks, ranks,
+                             k / 8, l.weight, bits_as<float>(epsilon), l.a8, l.token_scale, l.y,
+                             l.sum, l.reduced, k, l.rows_padded);
   }};
   error = run(of_all);
   return error.c_str();
@@ -56,17 +51,15 @@ extern "C" const char* emulate(int ranks, int threads, uint32_t seed, const char
 """
 
 
+def pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def run(ranks: int, columns: int, dtype: torch.dtype, sizes: tuple[int, ...], seed: int) -> None:
     """One sum after the other on all ranks. Raises AssertionError if anything is wrong."""
     kernel = all_reduce.kernel(dtype, columns)
     weight = (torch.rand(columns) + 0.5).to(dtype)
-    memory = torch.full(
-        (ranks, all_reduce.inbox_bytes(ranks, columns)), all_reduce.UNSENT, dtype=torch.uint8
-    )
-    addresses, cpu = [row.data_ptr() for row in memory], torch.device("cpu")
-    inboxes = [
-        all_reduce.make_inboxes(addresses, rank, columns, BLOCKS, cpu) for rank in range(ranks)
-    ]
+    inboxes, memory = inboxes_of(ranks, columns, BLOCKS, "cpu")
     cases, launches = [], []
     for i, rows in enumerate(sizes):
         tensors, number = inputs_of(seed + i, ranks, rows, columns, dtype), i % 3
@@ -79,12 +72,16 @@ def run(ranks: int, columns: int, dtype: torch.dtype, sizes: tuple[int, ...], se
             cases.append((number, tensors, (a8, scale, *kept)))
             read: list[Tensor | None] = [None, None]
             read[:number] = tensors[:number]
-            read += [tensors[2 + rank], inboxes[rank].addresses, inboxes[rank].turns, weight]
-            pointers = [None if t is None else t.data_ptr() for t in (*read, a8, scale, *kept)]
-            launches += [rows, padded, *(pointer or 0 for pointer in pointers)]
+            launches += [rows, padded, *map(pointer, (*read, tensors[2 + rank]))]
+            launches += [inboxes[rank].addresses, inboxes[rank].turns]
+            launches += map(pointer, (weight, a8, scale, *kept))
     error = emulator.compiled(kernel, ENTRY).emulate(
-        *(ranks, dict(kernel.defines)["THREADS"], seed, ctypes.c_void_p(memory.data_ptr())),
-        *(ctypes.c_int64(memory.nbytes), (ctypes.c_int64 * len(launches))(*launches), len(sizes)),
+        *(ranks, dict(kernel.defines)["THREADS"], seed, ctypes.c_void_p(pointer(memory.inboxes))),
+        *(
+            ctypes.c_int64(memory.inboxes.nbytes),
+            (ctypes.c_int64 * len(launches))(*launches),
+            len(sizes),
+        ),
         *(ctypes.c_int64(columns), float32_bits(EPSILON)),
     )
     assert not error, error.decode()
@@ -93,10 +90,10 @@ def run(ranks: int, columns: int, dtype: torch.dtype, sizes: tuple[int, ...], se
         assert_same_bits(activations.unswizzle(a8, *codes.shape), codes, f"sum {i // ranks}")
         for a, b in zip(others, wanted, strict=True):
             assert_same_bits(a, b, f"sum {i // ranks}")
-    assert (memory == all_reduce.UNSENT).all(), "an inbox is not empty"
+    assert memory.are_empty(), "an inbox is not empty"
 
 
-SIZES = (1, 5, 2, 2, 1, 5, 3)
+SIZES, FINDINGS = (1, 3, 2, 2, 1, 3), "differ|deadlock|not empty"
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -115,11 +112,15 @@ def test_rows_of_as_many_threads_as_there_are() -> None:
     ("right", "wrong", "finding"),
     [
         ("pair == kUnsent ? kOtherNaNs : pair", "pair", "deadlock"),
-        ("turns[row] = turn ^ 1", "turns[row] = turn", "differ|deadlock|not empty"),
-        ("complete = complete && arrived(v[j]);", "", "differ|not empty"),
-        ("make_uint4(kUnsent, kUnsent, kUnsent, kUnsent);", "v[j];", "differ"),
+        ("turns[row] = turn ^ 1", "turns[row] = turn", FINDINGS),
+        ("complete = complete && arrived(v[j]);", "", FINDINGS),
+        ("make_unsent(from + j * blockDim.x);", "", "differ"),
+        ("  wait_for_previous_kernel();\n  const uint32_t turn", "  const uint32_t turn", FINDINGS),
     ],
-    ids=["sends its own signal", "one turn only", "does not wait", "does not clear"],
+    ids=[
+        *("sends its own signal", "one turn only", "does not wait", "does not clear"),
+        "starts before the kernel before it has ended",
+    ],
 )
 def test_defects_are_found(
     right: str, wrong: str, finding: str, monkeypatch: pytest.MonkeyPatch

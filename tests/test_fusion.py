@@ -189,6 +189,19 @@ def test_sum_over_ranks_that_is_needed_before_its_norm() -> None:
     assert targets.count(torch.ops.vllm.all_reduce.default) == 1
 
 
+def test_sum_over_ranks_that_is_added_to_itself() -> None:
+    x, weight = make(5, 264), make(264)
+
+    def layer(x: Tensor, weight: Tensor) -> Any:
+        x = torch.ops.vllm.all_reduce(x, group_name="ranks")
+        y, _ = add_norm(x, x, weight)
+        return ops.quantize_activation(y)
+
+    graph, counts = fused(layer, x, weight)
+    targets = [node.target for node in graph.graph.nodes]
+    assert counts["norm_quantize"] == targets.count(torch.ops.vllm.all_reduce.default) == 1
+
+
 def test_sums_are_those_of_a_compiled_graph() -> None:
     """Inductor, too, rounds a sum that goes from one norm to the next only where it is stored."""
     xs, weight = [make(64 + i, 256)[:64] for i in range(3)], make(256)
@@ -320,6 +333,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         for value, added in (("0", False), ("1", True)):
             monkeypatch.setenv("INTSCALE_FUSE", value)
             config.compilation_config.pass_config.fuse_allreduce_rms = True  # FlashInfer's
+            monkeypatch.setattr(fusion, "_group_to_connect", lambda _: "group")
             fusion.install()
             assert config.compilation_config.pass_config.fuse_allreduce_rms != added
             found = passes.pop(current_platform.pass_key, None)

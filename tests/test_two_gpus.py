@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import IGNORE
-from engine import Logprobs, prompt_logprobs, run
+from engine import SCORED, Logprobs, prompt_logprobs, run
 from gpu_engine import CACHE, SMALL, logprobs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "serving_examples"))
@@ -93,14 +94,17 @@ def test_sums_fused_with_norms(checkpoint: Callable[..., Path], tmp_path: Path, 
         engine = {"enforce_eager": False, "tensor_parallel_size": 2}
         engine |= {"disable_custom_all_reduce": not custom}
         arguments = {"model": str(folder), **CACHE, **SMALL, **engine}
-        rounds, _, log = run(tmp_path, arguments, PROMPTS)
-        found.append(prompt_logprobs(rounds))
+        rounds, _, log = run(tmp_path, arguments, PROMPTS, SCORED | {"max_tokens": 16})
+        found.append(rounds)
         logs.append(log)
-    assert "sums over 2 ranks are fused with norms" in logs[0]
+    assert "sums over 2 ranks can be fused with norms" in logs[0]
     assert "sums over ranks are vLLM's" in logs[1]
+    for log in logs:  # the graph is the same
+        fused = re.findall(r"(\d+) sums over ranks are fused", log)
+        assert fused and all(map(int, fused)), fused
     assert found[0] == found[1]
     eager = logprobs(folder, tmp_path, PROMPTS, tensor_parallel_size=2)
-    assert close(found[0], eager)
+    assert close(prompt_logprobs(found[0]), eager)
 
 
 @pytest.mark.e2e

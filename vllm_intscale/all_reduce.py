@@ -6,6 +6,7 @@ called by each of them when its model is loaded. What is too large is summed by 
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from vllm_intscale.errors import IntScaleError
 from vllm_intscale.row_kernels import MAX_ADDENDS, aligned, dtype_code, float32_bits, norm_quantize
 
 MAX_ROWS = 128  # kMaxRows of all_reduce.cu
+MAX_RANKS = 8  # kMaxRanks
 MAX_BYTES = 2 << 20  # that a rank sends; beyond it is time for all-reduces of two phases
 UNSENT = 0xFF  # each byte of an inbox
 
@@ -25,12 +27,13 @@ UNSENT = 0xFF  # each byte of an inbox
 class Inboxes(NamedTuple):
     """Of the ranks of a group, as one of them sees them.
 
-    addresses: int64 `[ranks]`. turns: int32 `[MAX_ROWS]`. columns: those of the rows they take.
-    rows: the most that they take at once, on all ranks.
+    addresses: of int64 `[ranks]`, those of the inboxes; turns: of int32 `[MAX_ROWS]`, zeros.
+    columns: those of the rows they take, a multiple of 8. rows: the most that they take at once, no
+    more than multiprocessors of any rank's GPU, nor than MAX_ROWS.
     """
 
-    addresses: Tensor
-    turns: Tensor
+    addresses: int
+    turns: int
     rank: int
     ranks: int
     columns: int
@@ -45,31 +48,15 @@ _inboxes: dict[tuple[str, int], Inboxes] = {}  # by group and columns
 
 
 def inbox_bytes(ranks: int, columns: int) -> int:
+    """Of one of them, each of which is UNSENT to begin with."""
     return 2 * ranks * MAX_ROWS * columns * 2
-
-
-def make_inboxes(
-    addresses: list[int], rank: int, columns: int, rows: int, device: torch.device
-) -> Inboxes:
-    """addresses: of `inbox_bytes` on each rank, every byte UNSENT. columns: a multiple of 8.
-
-    rows: no more than multiprocessors of any rank's GPU.
-    """
-    return Inboxes(
-        torch.tensor(addresses, dtype=torch.int64, device=device),
-        torch.zeros(MAX_ROWS, dtype=torch.int32, device=device),
-        rank,
-        len(addresses),
-        columns,
-        min(rows, MAX_ROWS),
-    )
 
 
 def connect(name: str, group: Any, columns: int, dtype: torch.dtype, device: torch.device) -> None:
     """Exchange inboxes with the other ranks of a process group, which all call this.
 
     name: that of vLLM's group. group: for messages between their hosts, up to 8 on one machine.
-    columns: of the rows.
+    columns: of the rows. The memory is there as long as the process.
     """
     import torch.distributed as dist
 
@@ -79,21 +66,27 @@ def connect(name: str, group: Any, columns: int, dtype: torch.dtype, device: tor
     runtime = jit.import_cupy().cuda.runtime
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     with torch.cuda.device(device):
-        size = inbox_bytes(ranks, columns)
-        own = runtime.malloc(size)  # not torch's: one allocation is shared as a whole
+        # Not torch's memory: an allocation is shared as a whole, and must outlive vLLM's sleep.
+        size, turns_bytes = inbox_bytes(ranks, columns), 4 * MAX_ROWS
+        own = runtime.malloc(size + turns_bytes + 8 * ranks)
+        turns, addresses = own + size, own + size + turns_bytes
         runtime.memset(own, UNSENT, size)
-        runtime.deviceSynchronize()
+        runtime.memset(turns, 0, turns_bytes)
         rows = torch.cuda.get_device_properties(device).multi_processor_count
         of_ranks: list[Any] = [None] * ranks
         dist.all_gather_object(of_ranks, (runtime.ipcGetMemHandle(own), rows), group)
-        addresses = [
-            own if i == rank else runtime.ipcOpenMemHandle(handle)
-            for i, (handle, _) in enumerate(of_ranks)
-        ]
-        rows = min(rows for _, rows in of_ranks)
-        _inboxes[name, columns] = make_inboxes(addresses, rank, columns, rows, device)
-        torch.cuda.synchronize()
-    dist.barrier(group)
+        found = (ctypes.c_int64 * ranks)(
+            *(
+                own if i == rank else runtime.ipcOpenMemHandle(handle)
+                for i, (handle, _) in enumerate(of_ranks)
+            )
+        )
+        to_device = runtime.memcpyHostToDevice
+        runtime.memcpy(addresses, ctypes.addressof(found), ctypes.sizeof(found), to_device)
+        runtime.deviceSynchronize()
+    rows = min(MAX_ROWS, *(rows for _, rows in of_ranks))
+    _inboxes[name, columns] = Inboxes(addresses, turns, rank, ranks, columns, rows)
+    dist.barrier(group)  # nobody sends before all are ready
 
 
 @cache

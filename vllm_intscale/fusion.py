@@ -8,8 +8,8 @@ Anything else stays as it is, and so does a norm of other sizes or dtypes than `
 Where a norm's residual is itself a sum of this graph, `norm_quantize` gets what that is the sum of:
 Inductor would compute it so, in float32, and nobody has to store that sum.
 
-Sums over tensor-parallel ranks are this package's where vLLM's are made by its custom all-reduce,
-of which they are bit-identical; `all_reduce` says of which size.
+Sums over tensor-parallel ranks are this package's where vLLM has its custom all-reduce, to which
+they are bit-identical where that adds up all ranks at once; `all_reduce` says of which size.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_intscale import all_reduce, ops
+from vllm_intscale.all_reduce import MAX_RANKS
 from vllm_intscale.compile_cache import code_digest
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.row_kernels import MAX_ADDENDS, MAX_NORM_K, MAX_ROW_BYTES
@@ -51,8 +52,8 @@ def install() -> None:
     found = passes.setdefault(current_platform.pass_key, QuantizeWhereMade())
     if not isinstance(found, QuantizeWhereMade):
         logger.warning_once("intscale: another pass over compiled graphs is set, ours is not")
-    elif compilation.pass_config.fuse_allreduce_rms:  # which comes first, and does not quantize
-        compilation.pass_config.fuse_allreduce_rms = False
+    elif compilation.pass_config.fuse_allreduce_rms and _group_to_connect(config):
+        compilation.pass_config.fuse_allreduce_rms = False  # comes first, and does not quantize
         logger.info_once(
             "intscale: fuse_allreduce_rms is turned off: norms quantize what they make"
         )
@@ -65,14 +66,22 @@ def connect_ranks() -> None:
     """
     if not (config := _compiling()) or config.parallel_config.tensor_parallel_size == 1:
         return
-    group, columns = get_tp_group(), config.model_config.get_hidden_size()
-    custom = getattr(group.device_communicator, "ca_comm", None)  # of GPUs that reach each other
-    if custom is None or custom.disabled or columns % 8:
+    if group := _group_to_connect(config):
+        columns, dtype = config.model_config.get_hidden_size(), config.model_config.dtype
+        all_reduce.connect(group.unique_name, group.cpu_group, columns, dtype, group.device)
+        logger.info_once("intscale: sums over %d ranks can be fused with norms", group.world_size)
+    else:
         logger.info_once("intscale: sums over ranks are vLLM's")
-        return
-    dtype = config.model_config.dtype
-    all_reduce.connect(group.unique_name, group.cpu_group, columns, dtype, group.device)
-    logger.info_once("intscale: sums over %d ranks are fused with norms", group.world_size)
+
+
+def _group_to_connect(config: Any) -> Any:
+    """The group of tensor-parallel ranks, if all of them reach each other's memory."""
+    group, columns = get_tp_group(), config.model_config.get_hidden_size()
+    custom = getattr(group.device_communicator, "ca_comm", None)
+    if custom is None or custom.disabled or getattr(custom, "mnnvl_only", False):
+        return None
+    usable = group.world_size <= MAX_RANKS and columns % 8 == 0 and 0 < columns <= MAX_NORM_K
+    return group if usable else None
 
 
 def _compiling() -> Any:
@@ -97,14 +106,13 @@ class QuantizeWhereMade(InductorPass):  # type: ignore[misc]
             if not added.users:
                 _forget_sum(added)
         order = {node: i for i, node in enumerate(graph.nodes)}
-        for node in order:
-            if node.target is NORM_QUANTIZE:
-                _fuse_all_reduce(graph, node, order)
+        found = [node for node in order if node.target is NORM_QUANTIZE]
+        over_ranks = sum(_fuse_all_reduce(graph, norm, order) for norm in found)
         products = sum(_fuse_silu_mul(graph, made) for made in quantized)
         logger.info_once(
             "intscale: %d of %d inputs of layers are quantized by the norm before them, %d by "
-            "silu(gate) * up",
-            *(norms, len(quantized), products),
+            "silu(gate) * up; %d sums over ranks are fused",
+            *(norms, len(quantized), products, over_ranks),
         )
 
     def uuid(self) -> str:
@@ -169,16 +177,16 @@ def _forget_sum(added: Any) -> None:
     added.meta["val"] = norm.meta["val"][-1]
 
 
-def _fuse_all_reduce(graph: Graph, norm: Any, order: Mapping[Node, int]) -> None:
-    """Have a `norm_quantize` add up the ranks' parts of its last addend, if it can be the first
-    to need their sum.
+def _fuse_all_reduce(graph: Graph, norm: Any, order: Mapping[Node, int]) -> bool:
+    """Whether a `norm_quantize` can be the first to need what its last addend is a sum of over
+    ranks; then it adds that up.
     """
     others: list[Any] = list(norm.args[0])
     reduced = others.pop()
     if not _is(reduced, torch.ops.vllm.all_reduce) or reduced in others:
-        return
+        return False
     if any(order.get(user, -1) < order[norm] for user in reduced.users):
-        return
+        return False
     part, group_name = list(reduced.args) + list(reduced.kwargs.values())
     args = ([*others, part], *norm.args[1:], group_name)
     *results, total = _insert(graph, norm, ops.all_reduce_norm_quantize.default, args)
@@ -188,6 +196,7 @@ def _fuse_all_reduce(graph: Graph, norm: Any, order: Mapping[Node, int]) -> None
     graph.erase_node(norm)
     reduced.replace_all_uses_with(total)
     graph.erase_node(reduced)
+    return True
 
 
 def _fuse_silu_mul(graph: Graph, made: Any) -> bool:

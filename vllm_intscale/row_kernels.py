@@ -15,8 +15,8 @@ from vllm_intscale.routing import Routing
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.int32: 2}  # DTYPE in common.cuh
 ROW_THREADS = 256
-MAX_ROW_THREADS = 1024  # kMaxThreads of activation.cu
-HELD_COLUMNS = 16  # of a thread of quantize_activation, kHeld * kVector of activation.cu
+MAX_ROW_THREADS = 1024  # kMaxThreads of rows.cuh
+HELD_COLUMNS = 16  # of a thread of quantize_activation, kHeld * kVector of rows.cuh
 MAX_NORM_K = MAX_ROW_THREADS * HELD_COLUMNS  # all columns of norm_quantize are held
 MAX_ADDENDS = 3  # of norm_quantize
 MAX_ROW_BLOCKS = 8  # of a portable cluster
