@@ -1,7 +1,8 @@
 """The sum over ranks with the norm after it, without a GPU: see `emulator`.
 
 Ranks run side by side, and so do their kernels, until one waits for that before it; what they send
-arrives word by word, some time. `test_all_reduce` and `test_two_gpus` are the same on GPUs, and what counts.
+arrives word by word, some time. `test_all_reduce` and `test_two_gpus` are the same on GPUs, and
+what counts.
 """
 
 from __future__ import annotations
