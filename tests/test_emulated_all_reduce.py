@@ -8,7 +8,6 @@ what counts.
 from __future__ import annotations
 
 import ctypes
-import itertools
 
 import emulator
 import pytest
@@ -98,9 +97,9 @@ SIZES, FINDINGS = (1, 3, 2, 2, 1, 3), "differ|deadlock|not empty"
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("columns", [96, 520, 1032])
+@pytest.mark.parametrize("columns", [96, 520, pytest.param(1032, marks=pytest.mark.slow)])
 def test_equals_reference(ranks: int, columns: int) -> None:
-    for dtype, seed in itertools.product((torch.bfloat16, torch.float16), range(3)):
+    for dtype, seed in ((torch.bfloat16, 0), (torch.bfloat16, 1), (torch.float16, 2)):
         run(ranks, columns, dtype, SIZES, seed)
 
 

@@ -23,8 +23,12 @@ from vllm_intscale import all_reduce, cuda_backend, jit, sm90_tiles
 from vllm_intscale.errors import IntScaleError
 
 ROOT = Path(__file__).parents[1]
-# What the README names: A100, A10/3090, L40S/4090, H100/H200, RTX 50 / RTX PRO 6000.
-ARCHITECTURES = (80, 90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (86, 89, 120)))
+# What the README names: A100, A10/3090, L40S/4090, H100/H200, RTX 50 / RTX PRO 6000; group sizes.
+ARCHITECTURES = (
+    *((80, (128,)), (90, (128,))),
+    *(pytest.param(arch, (32, 64), marks=pytest.mark.slow) for arch in (80, 90)),
+    *(pytest.param(arch, (32, 64, 128), marks=pytest.mark.slow) for arch in (86, 89, 120)),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +65,10 @@ def test_moved_accumulators_are_found() -> None:
     assert not sass.touched_in_flight([*multiply, *multiply, "PRMT R28, R29, R30, R31"])
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_variant_compiles_without_local_memory(arch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("arch", "group_sizes"), ARCHITECTURES)
+def test_every_variant_compiles_without_local_memory(
+    arch: int, group_sizes: tuple[int, ...], tmp_path: Path
+) -> None:
     """With NVRTC itself, for every architecture; no GPU is needed for that.
 
     On Hopper, nothing may touch accumulators of a wgmma in flight, either.
@@ -70,7 +76,7 @@ def test_every_variant_compiles_without_local_memory(arch: int, tmp_path: Path) 
     cuobjdump = sass.find_cuobjdump()
     nvrtc = pytest.importorskip("cupy", reason="needs CuPy and NVRTC").cuda.nvrtc
     variants: set[jit.Kernel] = set()
-    for dtype, group_size in itertools.product((torch.bfloat16, torch.float16), (32, 64, 128)):
+    for dtype, group_size in itertools.product((torch.bfloat16, torch.float16), group_sizes):
         hopper = (*sm90_tiles.FORMS, sm90_tiles.INT8) if arch == 90 else ()
         for family in ("sm80", "sm80_int8", *hopper):
             bits = 8 if family.endswith(sm90_tiles.INT8) else 4
@@ -84,7 +90,7 @@ def test_every_variant_compiles_without_local_memory(arch: int, tmp_path: Path) 
     row_kernels = 5 * 2 + 1 + 2 * 2
     int4 = 7 * 2 + (21 + 14 if arch == 90 else 0)  # for each group size
     int8 = 7 * 2 + (11 + 8 if arch == 90 else 0)
-    assert len(variants) == row_kernels + (int4 * 3 + int8) * 2
+    assert len(variants) == row_kernels + (int4 * len(group_sizes) + int8) * 2
 
     def check(kernel: jit.Kernel) -> None:
         source = jit.read_source(kernel.file)
