@@ -123,7 +123,7 @@ def test_torch_compile_with_shared_expert(checkpoint: Callable[..., Path], tmp_p
     assert agree(found, expected(folder))
 
 
-@pytest.mark.parametrize("source", ["gptq", "awq_asym"])
+@pytest.mark.parametrize("source", [pytest.param("gptq", marks=pytest.mark.slow), "awq_asym"])
 def test_converted_checkpoint_of_another_tool(source: str, tmp_path: Path) -> None:
     prompts = [[token % 61 + 3 for token in prompt] for prompt in PROMPTS]
     convert_model(str(HERE / "packed" / source), tmp_path / "converted")

@@ -155,7 +155,11 @@ def test_what_is_converted(live: Any, tmp_path: Path) -> None:
 @pytest.mark.e2e
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize(
-    ("name", "ranks"), [("gptq", 1), ("gptq", 2), ("awq_asym", 1), ("unquantized", 1)]
+    ("name", "ranks"),
+    [
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("gptq", "awq_asym")),
+        *(("gptq", 2), ("unquantized", 1)),
+    ],
 )
 def test_engine(name: str, ranks: int, tmp_path: Path) -> None:
     test_engine = pytest.importorskip("test_engine")
