@@ -110,7 +110,7 @@ def test_equals_reference(dtype: torch.dtype, ranks: int, columns: int) -> None:
     for seed, rows in enumerate(sizes):
         tensors, number = inputs_of(seed, ranks, rows, columns, dtype), seed % 3
         cases.append((number, tensors, [t.cuda() for t in tensors]))
-    on_gpu = weight.cuda()
+    own_weight = weight.cuda()
     prepare(streams, max(sizes), columns, dtype)
     found = []
     for turn, (number, _, tensors) in enumerate(cases):
@@ -119,7 +119,9 @@ def test_equals_reference(dtype: torch.dtype, ranks: int, columns: int) -> None:
                 if turn % 2:  # the others start beside the one before
                     torch.cuda._sleep(1000 * (7 * turn + 11 * rank) % 9000)
                 addends = [*tensors[:number], tensors[2 + rank]]
-                found.append(all_reduce.launch(inboxes[rank], addends, on_gpu, EPSILON, True, True))
+                found.append(
+                    all_reduce.launch(inboxes[rank], addends, own_weight, EPSILON, True, True)
+                )
     torch.cuda.synchronize()
     for i, (number, tensors, _) in enumerate(cases):
         wanted = expected(tensors, number, weight)
@@ -137,7 +139,7 @@ def test_replayed_graphs_equal_reference(columns: int, dtype: torch.dtype) -> No
     ranks, sizes = 2, (1, 16, 5)
     inboxes, _memory = inboxes_of(ranks, columns, MULTIPROCESSORS, "cuda")
     weight = (torch.rand(columns) + 0.5).to(dtype)
-    on_gpu = weight.cuda()
+    own_weight = weight.cuda()
     cases = [inputs_of(rows, ranks, rows, columns, dtype) for rows in sizes]
     inputs = [[t.cuda() for t in tensors] for tensors in cases]
     graphs, streams, found = [], [torch.cuda.Stream() for _ in range(ranks)], []
@@ -147,7 +149,9 @@ def test_replayed_graphs_equal_reference(columns: int, dtype: torch.dtype) -> No
         with torch.cuda.graph(graph, stream=streams[rank]):
             for tensors in inputs:
                 addends = [tensors[0], tensors[2 + rank]]
-                found.append(all_reduce.launch(inboxes[rank], addends, on_gpu, EPSILON, True, True))
+                found.append(
+                    all_reduce.launch(inboxes[rank], addends, own_weight, EPSILON, True, True)
+                )
     for _ in range(5):
         for outputs in found:
             for t in outputs:
