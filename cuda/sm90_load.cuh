@@ -33,6 +33,7 @@ __device__ __forceinline__ void load_partial(const Problem& p, const Shared& s, 
     const uint32_t at = s.stages + ring.offset, barriers = s.barriers + ring.barriers();
     barrier_wait(barriers + kEmpty, ring.parity ^ 1);
     if (leader) {
+      if (TABLES) barrier_arrive(barriers + kReady);  // as if for tokens
       barrier_expect(barriers + kFull, WARPGROUPS * kBytes);
       for (int i = 0; i < WARPGROUPS; ++i) {
         bulk_copy(at + i * kBytes, partial_of(p, block, i) + j * 128, kBytes, barriers + kFull,
@@ -73,7 +74,8 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule
     }
     const int8_t* tokens = p.a8 + piece.k_begin * token_step + t.m0 * kStageK;
     const auto load_weights = [&](uint32_t stage, uint32_t barriers) {
-      if (leader) barrier_expect(barriers + kFull, copies * kCopyBytes + token_bytes);
+      const int more = TABLES ? 0 : token_bytes;
+      if (leader) barrier_expect(barriers + kFull, copies * kCopyBytes + more);
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
         if (leader && ((SHARE == 1 && i == 0) || i < copies)) {
@@ -84,7 +86,10 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule
       }
     };
     const auto load_tokens = [&](uint32_t stage, uint32_t barriers) {
-      if (leader) copy_tokens(stage, tokens, token_bytes, barriers + kFull, token_policy);
+      if (leader) {
+        if (TABLES) barrier_expect(barriers + kReady, token_bytes);
+        copy_tokens(stage, tokens, token_bytes, barriers + kTokens, token_policy);
+      }
       tokens += token_step;
     };
     int k = 0;

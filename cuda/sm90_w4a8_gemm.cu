@@ -67,7 +67,10 @@ constexpr int kWeightBytes = kChannelBlocks * kBlockBytes;
 constexpr int kTokenBytes = TILE_M * kStageK;
 constexpr int kTableBytes = TABLES ? kChannelBlocks * kGroups * 64 * 16 : 0;
 constexpr int kStageBytes = kTokenBytes + (kWeightBytes + kTableBytes + 1023) / 1024 * 1024;
-constexpr int kFull = 0, kReady = 8, kEmpty = 16;  // barriers of a stage, see Ring
+// Barriers of a stage, see Ring. Tables are built when weights are there (full), before tokens are;
+// then it is ready.
+constexpr int kFull = 0, kReady = 8, kEmpty = 16;
+constexpr int kTokens = TABLES ? kReady : kFull;  // where tokens arrive
 constexpr int kTokenBlocks = TILE_M / 8;           // a thread holds 2 channels x 2 tokens of each
 constexpr int kAccumulators = TILE_M / 2;
 constexpr bool kCleared = !FOLD || SLICES > 1 || PARTS > 1 || TILE_M <= 64;  // before a tile
@@ -294,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
     for (int i = 0; i < STAGES; ++i) {
       const uint32_t at = s.barriers + i * kStageBytes / 128;
       barrier_init(at + kFull, 1);
-      barrier_init(at + kReady, 1);
+      barrier_init(at + kReady, 2);  // by tables and tokens
       barrier_init(at + kEmpty, SHARE * kChannelBlocks * 4);  // warps
     }
     for (int i = 0; i < 2; ++i) {
