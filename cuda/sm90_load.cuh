@@ -88,7 +88,7 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule
     const auto load_tokens = [&](uint32_t stage, uint32_t barriers) {
       if (leader) {
         if (TABLES) barrier_expect(barriers + kReady, token_bytes);
-        copy_tokens(stage, tokens, token_bytes, barriers + kTokens, token_policy);
+        copy_tokens(stage, tokens, token_bytes, barriers + kReady, token_policy);
       }
       tokens += token_step;
     };

@@ -57,7 +57,7 @@ __device__ __forceinline__ void release(uint32_t empty) {
 __device__ __forceinline__ uint32_t load_weights(Operands& v, const Addresses& from,
                                                  const Ring& ring) {
   const uint32_t barriers = from.barriers + ring.barriers();
-  barrier_wait(barriers + (TABLES ? kReady : kFull), ring.parity);  // tables are built when full
+  barrier_wait(barriers + kReady, ring.parity);
 #if BITS == 4
   const uint4 v0 = load_shared(from.words + ring.offset);
   const uint4 v1 = load_shared(from.words + ring.offset + 2048);
@@ -241,16 +241,16 @@ __device__ __forceinline__ void multiply_by(Accumulator (&acc)[kAccumulators], c
   ring = at.ring;
 }
 
-// By as few parts of the tile's tokens as hold its rows: with `part` of them, if that is enough.
-template <int part = 1>
+// By the first width that holds the rows.
+template <int width = NARROWEST>
 __device__ __forceinline__ void multiply(Accumulator (&acc)[kAccumulators], const Shared& s,
                                          Ring& ring, int stages, int warpgroup, int thread,
                                          int rows) {
-  if constexpr (part < PARTS) {
-    if (rows > part * (TILE_M / PARTS)) {
-      return multiply<part + 1>(acc, s, ring, stages, warpgroup, thread, rows);
+  if constexpr (width < TILE_M) {
+    if (rows > width) {
+      return multiply<width + STEP>(acc, s, ring, stages, warpgroup, thread, rows);
     }
   }
-  multiply_by<part*(TILE_M / PARTS)>(acc, s, ring, stages, warpgroup, thread);
+  multiply_by<width>(acc, s, ring, stages, warpgroup, thread);
 }
 #endif

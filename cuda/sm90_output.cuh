@@ -262,7 +262,7 @@ __device__ __forceinline__ void add_partials(Accumulator (&acc)[kAccumulators], 
 #pragma unroll
     for (int j = 0; j < kTokenBlocks; j += kPartialBlocks) {
       const uint32_t barriers = s.barriers + ring.barriers();
-      barrier_wait(barriers + (TABLES ? kReady : kFull), ring.parity);
+      barrier_wait(barriers + kReady, ring.parity);
       const uint32_t at = s.stages + ring.offset + (warpgroup * kPartialBlocks * 128 + thread) * 16;
       uint32_t last = 0;
 #pragma unroll

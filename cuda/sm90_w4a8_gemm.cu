@@ -21,7 +21,8 @@
 //   With -DGROUPED=1 tiles of tokens are those of moe_routing.cu, weight, unit and channel_scale
 //   have a leading expert dimension, bias is nullptr; grid: enough clusters for any routing if more
 //   than one block shares a tile's k or slices do. Tiles may be streamed if there are partials. A
-//   tile with few rows is multiplied by as few of its PARTS equal parts as hold them.
+//   tile with few rows is multiplied by as few tokens as hold them, of NARROWEST, NARROWEST + STEP,
+//   ... TILE_M.
 //
 //   May be launched to overlap the kernels before
 //   (the quantizer overlaps, too): weights load first, a8 once they are done. So none of them may
@@ -43,10 +44,12 @@
 //   tokens [TILE_M][128]    the B operand, swizzled as it lies in global memory
 //   weights [kChannelBlocks][block], tables [kChannelBlocks][128 / GROUP][64][16] (TABLES)
 //
-//     load warp ---full--> table warps (3) ---ready--> multiplying warpgroups ---empty--> load warp
+//     load warp --weights: full--> table warps (3) --ready--> multiplying warpgroups --empty-->
+//               --tokens--------------------------> ready     (the load warp)
 //
-// Without tables the multipliers wait for `full` themselves. Which tile comes
-// next only the load warp works out, and announces it to the others.
+// Tables are built while the kernel before still makes the tokens. Without tables the multipliers
+// wait for `full` themselves, which is of tokens, too. Which tile comes next only the load warp
+// works out, and announces it to the others.
 #include "common.cuh"
 #include "fold.cuh"
 #include "hopper.cuh"
@@ -67,13 +70,11 @@ constexpr int kWeightBytes = kChannelBlocks * kBlockBytes;
 constexpr int kTokenBytes = TILE_M * kStageK;
 constexpr int kTableBytes = TABLES ? kChannelBlocks * kGroups * 64 * 16 : 0;
 constexpr int kStageBytes = kTokenBytes + (kWeightBytes + kTableBytes + 1023) / 1024 * 1024;
-// Barriers of a stage, see Ring. Tables are built when weights are there (full), before tokens are;
-// then it is ready.
-constexpr int kFull = 0, kReady = 8, kEmpty = 16;
-constexpr int kTokens = TABLES ? kReady : kFull;  // where tokens arrive
-constexpr int kTokenBlocks = TILE_M / 8;           // a thread holds 2 channels x 2 tokens of each
+constexpr int kFull = 0, kReady = TABLES ? 8 : kFull, kEmpty = 16;  // barriers, see Ring
+constexpr int kTokenBlocks = TILE_M / 8;  // a thread holds 2 channels x 2 tokens of each
 constexpr int kAccumulators = TILE_M / 2;
-constexpr bool kCleared = !FOLD || SLICES > 1 || PARTS > 1 || TILE_M <= 64;  // before a tile
+// Whether accumulators are cleared before a tile, not by its first multiplication.
+constexpr bool kCleared = !FOLD || SLICES > 1 || NARROWEST < TILE_M || TILE_M <= 64;
 // What is written at a time: a unit of two blocks of 8 tokens, or of one where there is no more.
 constexpr int kUnitBlocks = kTokenBlocks < 2 ? 1 : 2;
 constexpr int kUnits = kTokenBlocks / kUnitBlocks;
@@ -297,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
     for (int i = 0; i < STAGES; ++i) {
       const uint32_t at = s.barriers + i * kStageBytes / 128;
       barrier_init(at + kFull, 1);
-      barrier_init(at + kReady, 2);  // by tables and tokens
+      barrier_init(at + kReady, 2);                           // for tables and for tokens
       barrier_init(at + kEmpty, SHARE * kChannelBlocks * 4);  // warps
     }
     for (int i = 0; i < 2; ++i) {

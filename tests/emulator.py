@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -82,6 +83,15 @@ def host_source(file: str) -> str:
     source = _without(emulated | NOT_USED, source)
     assert "asm" not in source, re.findall(r".*asm.*", source)
     return source
+
+
+def put_in_defect(monkeypatch: pytest.MonkeyPatch, file: str, right: str, wrong: str) -> None:
+    """Have a kernel's source say `wrong` where it says `right`, until the test ends."""
+    source = jit.read_source(file)
+    assert source.count(right) == 1
+    monkeypatch.setattr(jit, "read_source", lambda _: source.replace(right, wrong))
+    for cached in ("host_source", "compiled"):
+        monkeypatch.setitem(globals(), cached, globals()[cached].__wrapped__)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from generators import assert_same_bits
 from test_all_reduce import EPSILON, expected, inboxes_of, inputs_of
 from torch import Tensor
 
-from vllm_intscale import activations, all_reduce, jit
+from vllm_intscale import activations, all_reduce
 from vllm_intscale.row_kernels import float32_bits
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
@@ -125,11 +125,7 @@ def test_rows_of_as_many_threads_as_there_are() -> None:
 def test_defects_are_found(
     right: str, wrong: str, finding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = jit.read_source("all_reduce.cu")
-    assert source.count(right) == 1
-    monkeypatch.setattr(jit, "read_source", lambda _: source.replace(right, wrong))
-    monkeypatch.setattr(emulator, "host_source", emulator.host_source.__wrapped__)
-    monkeypatch.setattr(emulator, "compiled", emulator.compiled.__wrapped__)
+    emulator.put_in_defect(monkeypatch, "all_reduce.cu", right, wrong)
     with pytest.raises(AssertionError, match=finding):
         for seed in range(20):
             run(2, 96, torch.bfloat16, SIZES, seed)

@@ -15,7 +15,7 @@ import torch
 from generators import activation, assert_same_bits
 from gpu_layers import arithmetic, prepared, weight_for
 
-from vllm_intscale import jit, reference
+from vllm_intscale import reference
 from vllm_intscale.reference import Weight
 from vllm_intscale.sm90_tiles import FORMS, INT8, STREAMED, Tile, grouped_tiles, tiles
 
@@ -106,14 +106,14 @@ def check_experts(
     ("form", "group_size", "tile", "dtype"), variants(grouped_tiles, USUAL_GROUPED)
 )
 def test_gemm_of_experts(form: str, group_size: int, tile: Tile, dtype: torch.dtype) -> None:
-    """Experts without rows, with as many as parts of a tile hold and one more, and with tiles."""
-    part = tile.m // tile.parts
+    """Experts without rows, with as many as a tile's widths and one more, and with two tiles."""
+    widths = tile.widths(form)
     for n, k, rows in (
-        (192, 384, [3, 0, part, min(tile.m, part + 1)]),
+        (192, 384, [3, 0, widths[0], tile.m - 1]),
         (64, 128, [0, 0, 9, 0]),
         (64, 128, [0, 0, 0]),
-        (328, 640, [tile.m, 1, 2 * part, tile.m + 1]),
-        (128, 256, [max(1, tile.m - 1), 2 * part + 1, 3 * part, 5]),
+        (328, 640, [tile.m, 1, 5, tile.m + 1]),
+        (128, 256, [*widths[1:-1], *(width + 1 for width in widths[:-1]), 5]),
     ):
         check_experts(form, group_size, tile, dtype, n, k, rows)
 
@@ -128,19 +128,19 @@ def test_gemm_of_experts(form: str, group_size: int, tile: Tile, dtype: torch.dt
             "elements differ",
         ),
         ("wgmma_wait<FOLD || more ? 1 : 0>();", "wgmma_wait<2>();", "elements differ"),
-        ("rows > part * (TILE_M / PARTS)", "rows > part * (TILE_M / PARTS) + 1", "elements differ"),
+        ("rows > width", "rows > width + 1", "elements differ"),
+        ("kReady, ring.parity);\n#if BITS", "kFull, ring.parity);\n#if BITS", "elements differ"),
     ],
-    ids=["copies too much", "frees a stage too early", "waits too little", "leaves out a row"],
+    ids=[
+        *("copies too much", "frees a stage too early", "waits too little", "leaves out a row"),
+        "does not wait for tables and tokens",
+    ],
 )
 def test_defects_are_found(
     right: str, wrong: str, finding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = jit.read_source("sm90_w4a8_gemm.cu")
-    assert source.count(right) == 1
-    monkeypatch.setattr(jit, "read_source", lambda _: source.replace(right, wrong))
-    monkeypatch.setattr(emulator, "host_source", emulator.host_source.__wrapped__)
-    monkeypatch.setattr(emulator, "compiled", emulator.compiled.__wrapped__)
+    emulator.put_in_defect(monkeypatch, "sm90_w4a8_gemm.cu", right, wrong)
     tile = grouped_tiles("fold")[-1]
-    assert tile.share == 2 and tile.parts > 1
+    assert tile.share == 2 and tile.narrower
     with pytest.raises(AssertionError, match=finding):
-        check_experts("fold", 128, tile, torch.bfloat16, 64, 1408, [tile.m // tile.parts + 1])
+        check_experts("fold", 128, tile, torch.bfloat16, 64, 1408, [tile.narrower[0] + 1])

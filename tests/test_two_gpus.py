@@ -98,10 +98,9 @@ def test_sums_fused_with_norms(checkpoint: Callable[..., Path], tmp_path: Path, 
         found.append(rounds)
         logs.append(log)
     assert "sums over 2 ranks can be fused with norms" in logs[0]
-    assert "sums over ranks are vLLM's" in logs[1]
-    for log in logs:  # the graph is the same
-        fused = re.findall(r"(\d+) sums over ranks are fused", log)
-        assert fused and all(map(int, fused)), fused
+    fused = re.findall(r"(\d+) sums over ranks are fused", logs[0])  # in each piece of the graph
+    assert any(map(int, fused)), fused
+    assert "sums over ranks are vLLM's" in logs[1]  # in the same graph, which vLLM has cached
     assert found[0] == found[1]
     eager = logprobs(folder, tmp_path, PROMPTS, tensor_parallel_size=2)
     assert close(prompt_logprobs(found[0]), eager)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from vllm_intscale import jit
@@ -24,7 +25,8 @@ class Tile(NamedTuple):
     blocks: that share a multiprocessor; batch: k-steps whose multiplications are issued at once;
     block_us: for `choose`, of int4 and of int8 weights; share: neighbouring blocks that load their
     tokens together; slices: warpgroups that multiply the same channels, each some of their k;
-    parts: of experts' tiles, which with few rows are multiplied by as few of them as hold the rows.
+    narrower: of experts' tiles, the widths in tokens, in equal steps up to m, of which the first
+    that holds a tile's rows is multiplied.
     """
 
     m: int
@@ -35,7 +37,7 @@ class Tile(NamedTuple):
     block_us: tuple[float, float] = (0.0, 0.0)
     share: int = 1
     slices: int = 1
-    parts: int = 1
+    narrower: tuple[int, ...] = ()
 
     @property
     def n(self) -> int:
@@ -51,9 +53,9 @@ class Tile(NamedTuple):
         """FEW_REGISTERS of the kernel; streaming such tiles never won."""
         return self.m * self.warpgroups == 768
 
-    def parts_of(self, form: str) -> int:
-        """Accumulating leaves no registers for more than one."""
-        return 1 if form == "accumulate" else self.parts
+    def widths(self, form: str) -> tuple[int, ...]:
+        """Of experts' tiles, in tokens. Accumulating leaves no registers for more than one."""
+        return (self.m,) if form == "accumulate" else (*self.narrower, self.m)
 
     def _bytes(self, group_size: int, form: str) -> tuple[int, int]:
         """Bytes of a stage without its barriers, and of what is there once."""
@@ -104,6 +106,7 @@ class Tile(NamedTuple):
         float_scale: bool = False,
         grouped: bool = False,
     ) -> jit.Kernel:
+        widths = self.widths(form) if grouped else (self.m,)
         defines = {
             "TILE_M": self.m,
             "WARPGROUPS": self.warpgroups,
@@ -115,7 +118,8 @@ class Tile(NamedTuple):
             "FOLD": int(form != "accumulate"),
             "SHARE": self.share,
             "SLICES": self.slices,
-            "PARTS": self.parts_of(form) if grouped else 1,
+            "NARROWEST": widths[0],
+            "STEP": widths[-1] - widths[-2] if len(widths) > 1 else 0,
             "GROUPED": int(grouped),
             "FLOAT_SCALE": int(float_scale),
             "DTYPE": dtype_code,
@@ -145,20 +149,26 @@ TILES = (
     Tile(m=256, warpgroups=2, stages=5, blocks=1, batch=2, block_us=(0.55, 0.60), share=2),
     Tile(m=256, warpgroups=3, stages=4, blocks=1, batch=1, block_us=(0.85, 0.85)),
 )
-# Which of them experts use, by tokens and channels, in how many parts: as many as ptxas has
+# Which of them experts use, by tokens and channels, and their narrower widths: as many as ptxas has
 # registers for.
-PARTS = {(8, 64): 1, (8, 128): 1, (16, 128): 2, (32, 128): 4, (48, 128): 3}
-PARTS |= {(128, 128): 4, (256, 256): 4}
-_FOR_EXPERTS = Tile(m=160, warpgroups=2, stages=6, blocks=1, batch=2, parts=2)
+NARROWER: dict[tuple[int, int], tuple[int, ...]] = {
+    **{(8, 64): (), (8, 128): (), (16, 128): (8,), (32, 128): (8, 16, 24), (48, 128): (16, 32)},
+    (64, 128): (32, 48),
+    **{(128, 128): (32, 64, 96), (256, 256): (64, 128, 192)},
+}
+_FOR_EXPERTS = Tile(m=160, warpgroups=2, stages=6, blocks=1, batch=2, narrower=(80,))
 EXPERT_TILES = tuple(
     sorted(
-        (_FOR_EXPERTS, *(t._replace(parts=p) for t in TILES if (p := PARTS.get((t.m, t.n))))),
+        (
+            _FOR_EXPERTS,
+            *(t._replace(narrower=NARROWER[t.m, t.n]) for t in TILES if (t.m, t.n) in NARROWER),
+        ),
         key=lambda tile: (tile.m, tile.n),
     )
 )
 # Microseconds in which a multiprocessor of an H200 multiplies 128 x 128 weights of an expert by a
 # tile of as many tokens, the least it takes for any, and in which memory brings it so many weights.
-GROUPED_US = {16: 0.235, 32: 0.249, 48: 0.251, 64: 0.3, 128: 0.307, 160: 0.353, 256: 0.536}
+GROUPED_US = {16: 0.235, 32: 0.249, 48: 0.251, 64: 0.27, 128: 0.307, 160: 0.353, 256: 0.536}
 UNPACK_US = 0.221
 WEIGHT_US = 0.197
 
@@ -242,25 +252,25 @@ def _choose_tile_m(m: int, share: float, forms: set[str]) -> int:
     The largest of those that take about the shortest time, with room for three times the rows that
     an expert gets on average: some get more than by chance, and parts make it cost little.
     """
-    parts = [{t.m: t.parts_of(form) for t in grouped_tiles(form)} for form in forms]
-    common = set.intersection(*map(set, parts)) - {8}
+    widths = [{t.m: t.widths(form) for t in grouped_tiles(form)} for form in forms]
+    common = set.intersection(*map(set, widths)) - {8}
     memory = (1 - (1 - share) ** m) * WEIGHT_US
     costs = {
-        tile_m: max(memory, _expected_us(m, share, tile_m, min(p[tile_m] for p in parts)))
+        tile_m: max(memory, _expected_us(m, share, min((w[tile_m] for w in widths), key=len)))
         for tile_m in common
     }
     best, rows = min(costs.values()), m * share
     return max(
         tile_m
         for tile_m, cost in costs.items()
-        if cost == best or (cost <= 1.01 * best and tile_m <= 3 * rows)
+        if cost == best or (cost <= 1.025 * best and tile_m <= 3 * rows)
     )
 
 
-def _expected_us(m: int, share: float, tile_m: int, parts: int) -> float:
+def _expected_us(m: int, share: float, widths: tuple[int, ...]) -> float:
     """What an expert's tiles take on average if each of M tokens chooses it with this probability.
 
-    The rows of an expert are taken as normally distributed.
+    widths: of a tile, narrower ones first. The rows of an expert are taken as normally distributed.
     """
     mean, deviation = m * share, math.sqrt(m * share * (1 - share))
 
@@ -269,13 +279,14 @@ def _expected_us(m: int, share: float, tile_m: int, parts: int) -> float:
             return float(mean > rows)
         return 0.5 * math.erfc((rows + 0.5 - mean) / (deviation * math.sqrt(2)))
 
-    part = tile_m // parts
-    part_us = (GROUPED_US[tile_m] - UNPACK_US) / parts
+    tile_m = widths[-1]
+    token_us = (GROUPED_US[tile_m] - UNPACK_US) / tile_m
     most = min(m, int(mean + 6 * deviation) + 1)
-    return sum(
-        more_than(rows) * (part_us + UNPACK_US * (rows % tile_m == 0))
-        for rows in range(0, most, part)
-    )
+    us = 0.0
+    for first in range(0, most, tile_m):  # row of each tile
+        us += more_than(first) * (UNPACK_US + widths[0] * token_us)
+        us += sum(more_than(first + a) * (b - a) * token_us for a, b in pairwise(widths))
+    return us
 
 
 def _microseconds(tile: Tile, splits: int, m: int, matrix: Matrix, multiprocessors: int) -> float:
