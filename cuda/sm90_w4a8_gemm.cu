@@ -298,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
     for (int i = 0; i < STAGES; ++i) {
       const uint32_t at = s.barriers + i * kStageBytes / 128;
       barrier_init(at + kFull, 1);
-      barrier_init(at + kReady, 2);                           // for tables and for tokens
+      if (TABLES) barrier_init(at + kReady, 2);               // for tables and for tokens
       barrier_init(at + kEmpty, SHARE * kChannelBlocks * 4);  // warps
     }
     for (int i = 0; i < 2; ++i) {
