@@ -250,7 +250,7 @@ def _choose_tile_m(m: int, share: float, forms: set[str]) -> int:
     """Tokens of a tile, more than 8, that tiles of all these forms can have.
 
     The largest of those that take about the shortest time, with room for three times the rows that
-    an expert gets on average: some get more than by chance, and parts make it cost little.
+    an expert gets on average: some get more than by chance, and narrower widths make that cheap.
     """
     widths = [{t.m: t.widths(form) for t in grouped_tiles(form)} for form in forms]
     common = set.intersection(*map(set, widths)) - {8}
