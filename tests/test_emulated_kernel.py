@@ -24,7 +24,7 @@ SPLITS = (1, 2, 3, 8, STREAMED)
 # One of a kind; `-m slow` runs the others. Compiling takes two seconds each.
 USUAL_DENSE = {
     *(("fold", n) for n in ("16x128", "128x64", "256x256")),
-    *(("accumulate", "64x64"), (INT8, "128x128")),
+    (INT8, "128x128"),
 }
 USUAL_GROUPED = {
     *(("fold", "8x128"), ("fold", "256x256"), ("accumulate", "16x128")),

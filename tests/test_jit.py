@@ -24,10 +24,12 @@ from vllm_intscale.errors import IntScaleError
 
 ROOT = Path(__file__).parents[1]
 # What the README names: A100, A10/3090, L40S/4090, H100/H200, RTX 50 / RTX PRO 6000; group sizes.
+HALF = (torch.bfloat16, torch.float16)
 ARCHITECTURES = (
-    *((80, (128,)), (90, (128,))),
-    *(pytest.param(arch, (32, 64), marks=pytest.mark.slow) for arch in (80, 90)),
-    *(pytest.param(arch, (32, 64, 128), marks=pytest.mark.slow) for arch in (86, 89, 120)),
+    *((80, (128,), HALF), (90, (128,), HALF[:1])),
+    pytest.param(90, (128,), HALF[1:], marks=pytest.mark.slow),
+    *(pytest.param(arch, (32, 64), HALF, marks=pytest.mark.slow) for arch in (80, 90)),
+    *(pytest.param(arch, (32, 64, 128), HALF, marks=pytest.mark.slow) for arch in (86, 89, 120)),
 )
 
 
@@ -65,9 +67,9 @@ def test_moved_accumulators_are_found() -> None:
     assert not sass.touched_in_flight([*multiply, *multiply, "PRMT R28, R29, R30, R31"])
 
 
-@pytest.mark.parametrize(("arch", "group_sizes"), ARCHITECTURES)
+@pytest.mark.parametrize(("arch", "group_sizes", "dtypes"), ARCHITECTURES)
 def test_every_variant_compiles_without_local_memory(
-    arch: int, group_sizes: tuple[int, ...], tmp_path: Path
+    arch: int, group_sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...], tmp_path: Path
 ) -> None:
     """With NVRTC itself, for every architecture; no GPU is needed for that.
 
@@ -76,7 +78,7 @@ def test_every_variant_compiles_without_local_memory(
     cuobjdump = sass.find_cuobjdump()
     nvrtc = pytest.importorskip("cupy", reason="needs CuPy and NVRTC").cuda.nvrtc
     variants: set[jit.Kernel] = set()
-    for dtype, group_size in itertools.product((torch.bfloat16, torch.float16), group_sizes):
+    for dtype, group_size in itertools.product(dtypes, group_sizes):
         hopper = (*sm90_tiles.FORMS, sm90_tiles.INT8) if arch == 90 else ()
         for family in ("sm80", "sm80_int8", *hopper):
             bits = 8 if family.endswith(sm90_tiles.INT8) else 4
@@ -87,10 +89,11 @@ def test_every_variant_compiles_without_local_memory(
             for weight in (matrix, stack):
                 variants.update(cuda_backend.kernels(weight[:2], dtype))
         variants |= {all_reduce.kernel(dtype, columns) for columns in (8192, 16384)}
-    row_kernels = 5 * 2 + 1 + 2 * 2
+    of_rows = 5 + 2  # and one for all dtypes
     int4 = 7 * 2 + (21 + 15 if arch == 90 else 0)  # for each group size
     int8 = 7 * 2 + (11 + 9 if arch == 90 else 0)
-    assert len(variants) == row_kernels + (int4 * len(group_sizes) + int8) * 2
+    of_dtype = of_rows + int4 * len(group_sizes) + int8
+    assert len(variants) == 1 + of_dtype * len(dtypes)
 
     def check(kernel: jit.Kernel) -> None:
         source = jit.read_source(kernel.file)
