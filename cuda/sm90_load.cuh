@@ -74,8 +74,8 @@ __device__ __forceinline__ void load(const Problem& p, const Shared& s, Schedule
     }
     const int8_t* tokens = p.a8 + piece.k_begin * token_step + t.m0 * kStageK;
     const auto load_weights = [&](uint32_t stage, uint32_t barriers) {
-      const int more = TABLES ? 0 : token_bytes;
-      if (leader) barrier_expect(barriers + kFull, copies * kCopyBytes + more);
+      const int full_bytes = copies * kCopyBytes + (TABLES ? 0 : token_bytes);
+      if (leader) barrier_expect(barriers + kFull, full_bytes);
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
         if (leader && ((SHARE == 1 && i == 0) || i < copies)) {

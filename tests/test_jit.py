@@ -18,13 +18,13 @@ import generators
 import pytest
 import sass
 import torch
+from gpu_layers import HALF
 
 from vllm_intscale import all_reduce, cuda_backend, jit, sm90_tiles
 from vllm_intscale.errors import IntScaleError
 
 ROOT = Path(__file__).parents[1]
 # What the README names: A100, A10/3090, L40S/4090, H100/H200, RTX 50 / RTX PRO 6000; group sizes.
-HALF = (torch.bfloat16, torch.float16)
 ARCHITECTURES = (
     *((80, (128,), HALF), (90, (128,), HALF[:1])),
     pytest.param(90, (128,), HALF[1:], marks=pytest.mark.slow),
@@ -89,11 +89,11 @@ def test_every_variant_compiles_without_local_memory(
             for weight in (matrix, stack):
                 variants.update(cuda_backend.kernels(weight[:2], dtype))
         variants |= {all_reduce.kernel(dtype, columns) for columns in (8192, 16384)}
-    of_rows = 5 + 2  # and one for all dtypes
+    rows, routing = 5 + 2, 1  # of activation.cu and all_reduce.cu; of moe_routing.cu
     int4 = 7 * 2 + (21 + 15 if arch == 90 else 0)  # for each group size
     int8 = 7 * 2 + (11 + 9 if arch == 90 else 0)
-    of_dtype = of_rows + int4 * len(group_sizes) + int8
-    assert len(variants) == 1 + of_dtype * len(dtypes)
+    of_dtype = rows + int4 * len(group_sizes) + int8
+    assert len(variants) == routing + of_dtype * len(dtypes)
 
     def check(kernel: jit.Kernel) -> None:
         source = jit.read_source(kernel.file)

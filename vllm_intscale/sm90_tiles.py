@@ -152,9 +152,14 @@ TILES = (
 # Which of them experts use, by tokens and channels, and their narrower widths: as many as ptxas has
 # registers for.
 NARROWER: dict[tuple[int, int], tuple[int, ...]] = {
-    **{(8, 64): (), (8, 128): (), (16, 128): (8,), (32, 128): (8, 16, 24), (48, 128): (16, 32)},
+    (8, 64): (),
+    (8, 128): (),
+    (16, 128): (8,),
+    (32, 128): (8, 16, 24),
+    (48, 128): (16, 32),
     (64, 128): (32, 48),
-    **{(128, 128): (32, 64, 96), (256, 256): (64, 128, 192)},
+    (128, 128): (32, 64, 96),
+    (256, 256): (64, 128, 192),
 }
 _FOR_EXPERTS = Tile(m=160, warpgroups=2, stages=6, blocks=1, batch=2, narrower=(80,))
 EXPERT_TILES = tuple(
