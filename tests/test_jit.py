@@ -244,5 +244,5 @@ def test_wheel_brings_the_kernel_sources_and_the_plugin(tmp_path: Path) -> None:
         text=True,
     ).stdout.splitlines()
     assert output[0] == str(site / "vllm_intscale" / "cuda")
-    assert output[1] == str(sorted(p.name for p in (ROOT / "cuda").iterdir()))
+    assert output[1] == str(sorted(p.name for p in (ROOT / "cuda").glob("*.cu*")))
     assert output[2] == "intscale=vllm_intscale.cli:main intscale=vllm_intscale:register"
