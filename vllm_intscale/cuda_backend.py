@@ -7,7 +7,6 @@ where the GPU is a Hopper, on `sm80_gemm` otherwise.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -67,12 +66,7 @@ Agree = Callable[[bool], bool]  # whether something holds on all ranks, of which
 
 def _hopper_form(matrices: Iterable[tuple[Tensor, Tensor]], agree: Agree = bool) -> str:
     """INTSCALE_FORM or, where all qweight and group_scale allow it, the faster one, "fold"."""
-    form = os.environ.get("INTSCALE_FORM", "")
-    if form not in ("", *sm90_tiles.FORMS):
-        raise IntScaleError(
-            f"INTSCALE_FORM is {form!r}; it must be one of {', '.join(sm90_tiles.FORMS)}"
-        )
-    if form == "accumulate":
+    if (form := sm90_tiles.wanted_form()) == "accumulate":
         return form
     possible = agree(all(sm90_gemm.foldable(unpack_codes(q, 4), scale) for q, scale in matrices))
     if form == "fold" and not possible:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from typing import Any
 
@@ -22,6 +21,7 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 from vllm_intscale import loading, ops
 from vllm_intscale.errors import IntScaleError
 from vllm_intscale.format import TENSOR_NAMES, LayerScheme, validate_layer
+from vllm_intscale.sm90_tiles import wanted_form
 
 # What vLLM's expert loader must know of a scale to cut it along the right dimension.
 _KINDS = {
@@ -157,7 +157,7 @@ class IntScaleMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             return
         why = "group scales above 1023 or negative ones beside the code -8 need the other; serve "
         why += "without it"
-        if os.environ.get("INTSCALE_FORM") == "accumulate":
+        if wanted_form() == "accumulate":
             why = "INTSCALE_FORM is 'accumulate'; unset it"
         raise IntScaleError(
             f"{self.prefix}: --enable-eplb moves experts of the fold form only, and {why}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 from vllm_intscale import jit
+from vllm_intscale.errors import IntScaleError
 
 FORMS = ("fold", "accumulate")  # of int4 weights
 INT8 = "int8"  # of 8-bit ones: "fold", done when they are loaded
@@ -17,6 +19,17 @@ SHARED_BYTES = 227 * 1024  # of a block, at most
 MULTIPROCESSOR_BYTES = 228 * 1024  # of its blocks and 1 KB for each
 MAX_SPLITS = 8  # blocks of a portable cluster
 STREAMED = 0  # instead of a number of splits: see cuda/sm90_schedule.cuh
+
+
+def wanted_form() -> str:
+    """Of int4 weights, INTSCALE_FORM; empty: "fold" where scales allow it.
+
+    Raises IntScaleError for what is none of FORMS.
+    """
+    form = os.environ.get("INTSCALE_FORM", "")
+    if form not in ("", *FORMS):
+        raise IntScaleError(f"INTSCALE_FORM is {form!r}; it must be one of {', '.join(FORMS)}")
+    return form
 
 
 class Tile(NamedTuple):
