@@ -104,7 +104,7 @@ def test_configurations_on_several_gpus(tmp_path: Path) -> None:
         for name in ("marlin_w4a16_tp2", "w4a8_fp8_pp4", "intscale_ep2", "w4a8_fp8")
     }
     assert options == {
-        "marlin_w4a16_tp2": {**configurations.MARLIN, "tensor_parallel_size": 2},
+        "marlin_w4a16_tp2": {**configurations.MARLIN_ONLY, "tensor_parallel_size": 2},
         "w4a8_fp8_pp4": {"pipeline_parallel_size": 4},
         "intscale_ep2": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
         "w4a8_fp8": {},
@@ -221,6 +221,45 @@ class FakeWorker:
         self.running.remove(self.name)
 
 
+@pytest.mark.parametrize(
+    ("name", "dense", "experts"),
+    [
+        (
+            "intscale",
+            "intscale: 8 linear W4A8 g128, 8 on sm90_w4a8_gemm (wgmma, fold form), 1 ignored",
+            "intscale: 8 linear W4A8 g128, 4 MoE of 8 experts W4A8 g128, 12 on sm90_w4a8_gemm",
+        ),
+        ("bf16", "", "Using TRITON Unquantized MoE backend out of potential backends: ..."),
+        (
+            "fp8",
+            "Selected CutlassFP8ScaledMMLinearKernel for CompressedTensorsW8A8Fp8",
+            "Using VLLM_CUTLASS Fp8 MoE backend out of potential backends: ...",
+        ),
+        (
+            "marlin_w4a8_int8",
+            "Using MarlinLinearKernel for AutoGPTQLinearMethod",
+            "Using 'MARLIN' WNA16 MoE backend.",
+        ),
+    ],
+)
+def test_kernels_are_looked_for_in_logs(
+    tmp_path: Path, name: str, dense: str, experts: str
+) -> None:
+    """As vLLM 0.26.0 names them; those of experts if the model has some."""
+    plan, log = Plan(name, {"model": str(tmp_path)}), tmp_path / "log"
+    for config, text, wrong in (
+        ({}, dense, ""),
+        ({}, "none", "sm|Cutlass|Marlin" if dense else ""),
+        ({"num_local_experts": 8}, dense, "MoE"),
+        ({"num_local_experts": 8}, f"{dense}\n{experts}", ""),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        log.write_text(text)
+        expected = pytest.raises(IntScaleError, match=f"does not say .*({wrong})")
+        with expected if wrong else contextlib.nullcontext():
+            configurations.check_log(plan, log)
+
+
 def test_a_control_runs_where_it_has_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,7 +297,7 @@ def test_engines_on_cpu(
     pytest.importorskip("vllm")
     monkeypatch.setattr(serve, "PREFILL_PROMPTS", 2)
     monkeypatch.setitem(random_checkpoint.MODELS, "small", SMALL)
-    ours = Configuration("intscale", r"14 on cpu_backend|8 on cpu_backend")
+    ours = Configuration("intscale", r"14 on cpu_backend|8 on cpu_backend", None)
     monkeypatch.setitem(configurations.CONFIGURATIONS, "intscale", ours)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # two ranks may be on one core
     command = ["intscale", "bench", "serve", "--model", "small", "--batches", "1,3", "--out"]

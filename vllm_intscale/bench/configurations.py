@@ -13,52 +13,53 @@ import torch
 
 from vllm_intscale.bench.engine_worker import GROUP_SCALES
 from vllm_intscale.bench.random_checkpoint import write_random
+from vllm_intscale.checkpoint import read_config
 from vllm_intscale.errors import IntScaleError
 
 AT_ONCE = 5  # beside the control, where they have room: starting takes longer than timing
 # Bytes that an engine takes beside weights and cache: 5.5 GiB were seen (Mixtral-8x7B, batches of
 # 16384 tokens, H100).
 OTHER_BYTES = 6 << 30
+EXPERTS = "num_local_experts"  # of config.json
 TP, PP = "tensor_parallel_size", "pipeline_parallel_size"
 
 
 class Configuration(NamedTuple):
     """How vLLM runs a model: the checkpoint's format, engine options and environment.
 
-    log: what the log says if dense layers get the kernel that is meant, a regular expression.
+    log, experts_log: what the log says if dense layers and experts get the kernel that is meant,
+    regular expressions; None if there is none for experts.
     """
 
     format: str
     log: str
+    experts_log: str | None
     options: Mapping[str, Any] = {}
     environment: Mapping[str, str] = {}
-    for_experts: bool = True
 
 
-MARLIN = {"linear_backend": "marlin", "moe_backend": "marlin"}
+OURS = r"\d+ on sm\d+_w4a8_gemm", r"MoE of \d+ experts W4A8.* on sm\d+_w4a8_gemm"
+MARLIN_ONLY = {"linear_backend": "marlin", "moe_backend": "marlin"}
+MARLIN = "Marlin", "Using '?MARLIN'? WNA16 MoE", MARLIN_ONLY
 CONFIGURATIONS = {
-    "intscale": Configuration("intscale", r"\d+ on sm\d+_w4a8_gemm"),
-    "bf16": Configuration("bf16", ""),
-    "fp8": Configuration("fp8", "Cutlass\\w*FP8"),
-    "machete_w4a16": Configuration("w4a16", "Machete", for_experts=False),
-    "w8a8_int8": Configuration("w8a8_int8", "Cutlass\\w*Int8"),
-    "marlin_w4a16": Configuration("gptq", "Marlin", MARLIN),
-    "marlin_w4a8_int8": Configuration(
-        *("gptq", "Marlin", MARLIN, {"VLLM_MARLIN_INPUT_DTYPE": "int8"})
-    ),
-    "w4a8_fp8": Configuration("w4a8_fp8", "CutlassW4A8"),
+    "intscale": Configuration("intscale", *OURS),
+    "bf16": Configuration("bf16", "", r"Using \w+ Unquantized MoE"),
+    "fp8": Configuration("fp8", r"Cutlass\w*FP8", r"Using \w+ Fp8 MoE"),
+    "machete_w4a16": Configuration("w4a16", "Machete", None),
+    "w8a8_int8": Configuration("w8a8_int8", r"Cutlass\w*Int8", r"Using \w+ Int8 MoE"),
+    "marlin_w4a16": Configuration("gptq", *MARLIN),
+    "marlin_w4a8_int8": Configuration("gptq", *MARLIN, {"VLLM_MARLIN_INPUT_DTYPE": "int8"}),
+    "w4a8_fp8": Configuration("w4a8_fp8", "CutlassW4A8", "Using CUTLASS W4A8 MoE"),
     "humming_w4a8_int8": Configuration(
-        *("gptq", "quantization=humming", {"quantization": "humming"}),  # all its layers
+        *("gptq", "quantization=humming", "Humming MoE"),
+        {"quantization": "humming"},  # all its layers
         {"VLLM_HUMMING_INPUT_QUANT_CONFIG": '{"dtype":"int8"}'},
     ),
-    "intscale_unfused": Configuration(
-        "intscale", r"\d+ on sm\d+_w4a8_gemm", {}, {"INTSCALE_FUSE": "0"}
-    ),
+    "intscale_unfused": Configuration("intscale", *OURS, {}, {"INTSCALE_FUSE": "0"}),
     **{
         f"intscale_{kind}_scale": Configuration(
-            *("intscale", rf"group scales: {kind}\n(?s:.*)wgmma, accumulate form", {}),
+            *("intscale", rf"group scales: {kind}\n(?s:.*)wgmma, accumulate form", None, {}),
             {"INTSCALE_FORM": "accumulate", GROUP_SCALES: kind},
-            for_experts=False,
         )
         for kind in ("integer", "float")
     },
@@ -114,7 +115,7 @@ def plan_of(
     IntScaleError for a model with experts if the configuration has no kernel for them.
     """
     configuration = configuration_of(name)
-    if model.get("num_local_experts") and not configuration.for_experts:
+    if model.get(EXPERTS) and configuration.experts_log is None:
         raise IntScaleError(f"{name}: it has no kernel for experts")
     checkpoint = folder / configuration.format
     if not checkpoint.exists():
@@ -156,10 +157,13 @@ def groups_of(plans: Iterable[Plan], room: float) -> list[list[Plan]]:
     return groups
 
 
-def check_log(name: str, log: Path) -> None:
-    """Raise IntScaleError if it does not show that the configuration's kernel runs."""
-    pattern = configuration_of(name).log
-    if not re.search(pattern, log.read_text()):
-        raise IntScaleError(
-            f"{name}: its log does not say {pattern!r}, so that another kernel may run; see {log}"
-        )
+def check_log(plan: Plan, log: Path) -> None:
+    """Raise IntScaleError if it does not show that the configuration's kernels run."""
+    configuration, text = configuration_of(plan.name), log.read_text()
+    experts = EXPERTS in read_config(Path(plan.arguments["model"]))
+    for pattern in (configuration.log, configuration.experts_log if experts else ""):
+        if not re.search(pattern or "", text):
+            raise IntScaleError(
+                f"{plan.name}: its log does not say {pattern!r}, so that another kernel may run; "
+                f"see {log}"
+            )

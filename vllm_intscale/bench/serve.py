@@ -259,7 +259,7 @@ def _start(plan: Plan, folder: Path) -> Worker:
     environment, log = configuration_of(plan.name).environment, folder / f"{plan.name}.log"
     worker = Worker("engine_worker", plan.arguments, environment, log)
     try:
-        check_log(plan.name, log)
+        check_log(plan, log)
     except IntScaleError:
         worker.close()
         raise

@@ -84,7 +84,7 @@ def _rows(
 
 
 class Server:
-    """One configuration's, ready. Raises IntScaleError as `serve.check_log`, or if it ends."""
+    """One configuration's, ready. Raises IntScaleError as `check_log`, or if it ends."""
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.checkpoint = plan.arguments["model"]
@@ -101,7 +101,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         try:
             self._wait(log)
-            check_log(plan.name, log)
+            check_log(plan, log)
         except BaseException:
             self.close()
             raise
