@@ -227,7 +227,8 @@ class FakeWorker:
         (
             "intscale",
             "intscale: 8 linear W4A8 g128, 8 on sm90_w4a8_gemm (wgmma, fold form), 1 ignored",
-            "intscale: 8 linear W4A8 g128, 4 MoE of 8 experts W4A8 g128, 12 on sm90_w4a8_gemm",
+            "intscale: 8 linear W4A8 g128, 4 MoE of 8 experts W4A8 g128, 12 on sm90_w4a8_gemm "
+            "(wgmma, fold form), 5 ignored",
         ),
         ("bf16", "", "Using TRITON Unquantized MoE backend out of potential backends: ..."),
         (
@@ -240,6 +241,21 @@ class FakeWorker:
             "Using MarlinLinearKernel for AutoGPTQLinearMethod",
             "Using 'MARLIN' WNA16 MoE backend.",
         ),
+        (
+            "w8a8_int8",
+            "Selected CutlassInt8ScaledMMLinearKernel for CompressedTensorsW8A8Int8",
+            "Using TRITON Int8 MoE backend out of potential backends: ...",
+        ),
+        (
+            "w4a8_fp8",
+            "Using CutlassW4A8LinearKernel for CompressedTensorsW4A8Fp8",
+            "Using CUTLASS W4A8 MoE backend.",
+        ),
+        (
+            "humming_w4a8_int8",
+            "Initializing a V1 LLM engine (v0.26.0) with config: ..., quantization=humming, ...",
+            "Using HummingIndexedExperts Humming MoE backend.",
+        ),
     ],
 )
 def test_kernels_are_looked_for_in_logs(
@@ -249,7 +265,7 @@ def test_kernels_are_looked_for_in_logs(
     plan, log = Plan(name, {"model": str(tmp_path)}), tmp_path / "log"
     for config, text, wrong in (
         ({}, dense, ""),
-        ({}, "none", "sm|Cutlass|Marlin" if dense else ""),
+        ({}, "none", "sm|Cutlass|Marlin|humming" if dense else ""),
         ({"num_local_experts": 8}, dense, "MoE"),
         ({"num_local_experts": 8}, f"{dense}\n{experts}", ""),
     ):

@@ -160,9 +160,12 @@ def groups_of(plans: Iterable[Plan], room: float) -> list[list[Plan]]:
 def check_log(plan: Plan, log: Path) -> None:
     """Raise IntScaleError if it does not show that the configuration's kernels run."""
     configuration, text = configuration_of(plan.name), log.read_text()
-    experts = EXPERTS in read_config(Path(plan.arguments["model"]))
-    for pattern in (configuration.log, configuration.experts_log if experts else ""):
-        if not re.search(pattern or "", text):
+    patterns = [configuration.log]
+    if EXPERTS in read_config(Path(plan.arguments["model"])):
+        assert configuration.experts_log is not None  # see plan_of
+        patterns.append(configuration.experts_log)
+    for pattern in patterns:
+        if not re.search(pattern, text):
             raise IntScaleError(
                 f"{plan.name}: its log does not say {pattern!r}, so that another kernel may run; "
                 f"see {log}"
