@@ -5,17 +5,20 @@
 //   norm_quantize         x0 + x1 + x2 -> sum, its RMS norm -> y, and the same of y
 //   silu_mul_quantize     gate_up [rows, 2k] -> the same, of silu(gate) * up rounded to DTYPE
 //   weighted_sum          y [rows, n] -> out [tokens, n], slots added in order
+//   rotary_embedding      qkv [tokens, ...] -> q, k [tokens, heads * head_size], rotated
 //
-// Contract: bit-identical to reference.{quantize_activation, rms_norm, silu_mul, moe}. k and n are
-// multiples of 8, rows are 16-byte aligned; row strides are in elements. Launch: <<<rows,
-// threads>>>, whole warps, up to kMaxThreads; silu_mul_quantize needs 2 * k bytes of dynamic shared
-// memory. norm_quantize: rows without gaps, k up to 16 * kMaxThreads, threads as
+// Contract: bit-identical to reference.{quantize_activation, rms_norm, silu_mul, moe,
+// rotary_embedding}. k and n are multiples of 8, head_size is one of 16, rows are 16-byte aligned;
+// row strides are in elements. Launch: <<<rows, threads>>>, whole warps, up to kMaxThreads
+// (rotary_embedding: a thread for each 16 columns); silu_mul_quantize needs 2 * k bytes of dynamic
+// shared memory. norm_quantize: rows without gaps, k up to 16 * kMaxThreads, threads as
 // reference.norm_threads; x2, or x1 and x2, and each of y and sum may be nullptr.
 // slot_row int [tokens * topk]: moe_routing.cu. Slots at -1 have no row; a block of
 // silu_mul_quantize is a slot (a row, if slot_row is nullptr), and the first one clears the flags.
 // On Hopper a slot can be a cluster of blocks there: each does a part of the row, and they exchange
 // its maximum. Launches overlap (moe_routing.cu): quantize_slots reads x, silu_mul_quantize
-// slot_row, and norm_quantize weight, before the kernel in front of them ends.
+// slot_row, norm_quantize weight, and rotary_embedding positions and their cos_sin, before the
+// kernel in front of them ends.
 #include "common.cuh"
 #include "hopper.cuh"
 #include "rows.cuh"
@@ -194,4 +197,36 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
     }
     reinterpret_cast<uint4*>(out + token * n)[i] = pack8(sum);
   }
+}
+
+// A head's columns i and i + half are a pair, rotated by the angle of its row of cos_sin
+// [positions, half cosines, half sines]. A thread has eight pairs. qkv begins with q, then k.
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    rotary_embedding(const uint16_t* qkv, const int64_t* positions, const uint16_t* cos_sin,
+                     uint16_t* q, uint16_t* k, int tokens, int q_heads, int k_heads, int half,
+                     int64_t row_stride) {
+  let_next_kernel_start();
+  const int vectors = half / kVector, heads = q_heads + k_heads;
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const int64_t token = i / (heads * vectors);
+  const int head = i / vectors % heads, column = i % vectors * kVector;
+  if (token >= tokens) return;
+  const uint16_t* angle = cos_sin + positions[token] * 2 * half + column;
+  float cos[kVector], sin[kVector], first[kVector], second[kVector];
+  unpack8<DTYPE>(*reinterpret_cast<const uint4*>(angle), cos);
+  unpack8<DTYPE>(*reinterpret_cast<const uint4*>(angle + half), sin);
+  wait_for_previous_kernel();
+  const uint16_t* in = qkv + token * row_stride + head * 2 * half + column;
+  unpack8<DTYPE>(*reinterpret_cast<const uint4*>(in), first);
+  unpack8<DTYPE>(*reinterpret_cast<const uint4*>(in + half), second);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    const float x = first[j], y = second[j];
+    first[j] = sub_rn(mul_rn(x, cos[j]), mul_rn(y, sin[j]));
+    second[j] = add_rn(mul_rn(y, cos[j]), mul_rn(x, sin[j]));
+  }
+  uint16_t* out = head < q_heads ? q + (token * q_heads + head) * 2 * half
+                                 : k + (token * k_heads + head - q_heads) * 2 * half;
+  *reinterpret_cast<uint4*>(out + column) = pack8(first);
+  *reinterpret_cast<uint4*>(out + column + half) = pack8(second);
 }

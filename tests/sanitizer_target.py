@@ -19,7 +19,7 @@ from gpu_layers import (
     weight_for,
 )
 
-from vllm_intscale import activations, cuda_backend, jit, reference
+from vllm_intscale import activations, cuda_backend, jit, ops, reference
 
 
 def main() -> None:
@@ -52,6 +52,13 @@ def main() -> None:
     if remove:
         return
     weights, ids = (t.cuda() for t in routing(35, 2, 4, "holes"))
+    positions = torch.arange(35, device="cuda")
+    for k in (1056, 24):
+        rows = torch.randn(35, k, device="cuda", dtype=torch.bfloat16)
+        ops.rotary_embedding(rows, positions, rows[:, :16], 1, k // 1056)
+        ops.quantize_activation(rows)
+        ops.norm_quantize([rows] * 3, rows[0], 1e-5, True, True)
+        ops.silu_mul_quantize(rows[:, : k // 16 * 16])
     x = torch.randn(35, 64, device="cuda", dtype=torch.bfloat16)
     for family in families:
         stacks = [prepared_stack(expert_stack(4, n, 64, 32, family), family) for n in (128, 64)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,15 +15,17 @@ import pytest
 import torch
 from generators import assert_same_bits
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("vllm")
 
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.utils import fresh_cache
 from vllm import ir
 from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.platforms import current_platform
 
 from vllm_intscale import fusion, ops, reference, row_kernels
@@ -249,6 +252,108 @@ def test_silu_mul(dtype: torch.dtype) -> None:
     check(graph(gate_up), reference.quantize_activation(reference.silu_mul(gate_up)))
 
 
+def compiled(function: Callable[..., Any], *args: Tensor) -> tuple[Any, int]:
+    """What a compiled function gives, with any number of rows, and how often it rotates."""
+    counts: list[int] = []
+
+    class Pass(fusion.QuantizeWhereMade):
+        def __call__(self, graph: Graph) -> None:
+            super().__call__(graph)
+            targets = [node.target for node in graph.nodes]
+            counts.append(targets.count(ops.rotary_embedding.default))
+
+    for rows in args:
+        if len(rows) == len(args[0]):
+            torch._dynamo.maybe_mark_dynamic(rows, 0)
+    options = {current_platform.pass_key: Pass()}
+    with fresh_cache():
+        results = torch.compile(function, fullgraph=True, options=options)(*args)
+    (count,) = counts
+    return results, count
+
+
+def rotate(positions: Tensor, q: Tensor, k: Tensor, cache: Tensor, *, neox: bool = True) -> Any:
+    head_size, rotated = 32, cache.shape[1]
+    return RotaryEmbedding.forward_static(positions, q, k, head_size, rotated, cache, neox)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rotary_embeddings(dtype: torch.dtype) -> None:
+    """Of two layers, in one keys come first; others use their angles, too."""
+    qkv, other, cache = (make(*s, dtype=dtype) for s in ((5, 224), (5, 144), (50, 32)))
+    positions = torch.tensor([3, 0, 49, 7, 7])
+
+    def layers(positions: Tensor, qkv: Tensor, other: Tensor, cache: Tensor) -> Any:
+        q, k, v = qkv.split([128, 64, 32], dim=-1)
+        q, k = rotate(positions, q, k, cache)
+        first, second, _ = other.split([96, 32, 16], dim=-1)
+        second, first = rotate(positions, second, first, cache)
+        heads = (t.view(len(t), -1, 32) for t in (q, k, first, second))
+        return *heads, v, cache[positions] * 2
+
+    found, count = compiled(layers, positions, qkv, other, cache)
+    assert count == 2
+    wanted = reference.rotary_embedding(qkv, positions, cache, 4, 2)
+    wanted += reference.rotary_embedding(other, positions, cache, 3, 1)
+    check(found, (*wanted, qkv[:, 192:], cache[positions] * 2))
+
+
+def queries_alone(positions: Tensor, qkv: Tensor, cache: Tensor) -> Any:
+    q, k, v = qkv.split([128, 64, 32], dim=-1)
+    return rotate(positions, q, None, cache)[0], k, v
+
+
+def half_of_a_head(positions: Tensor, qkv: Tensor, cache: Tensor) -> Any:
+    q, k, _ = qkv.split([128, 64, 32], dim=-1)
+    return rotate(positions, q, k, cache[:, :16])
+
+
+def neighbours_are_pairs(positions: Tensor, qkv: Tensor, cache: Tensor) -> Any:
+    q, k, _ = qkv.split([128, 64, 32], dim=-1)
+    return rotate(positions, q, k, cache, neox=False)
+
+
+def norms_of_heads(positions: Tensor, qkv: Tensor, cache: Tensor) -> Any:
+    parts = qkv.split([128, 64, 32], dim=-1)[:2]
+    q, k = (torch.nn.functional.rms_norm(t.view(5, -1, 32), (32,)).view(5, -1) for t in parts)
+    return rotate(positions, q, k, cache)
+
+
+def positions_of_this_graph(positions: Tensor, qkv: Tensor, cache: Tensor) -> Any:
+    q, k, _ = qkv.split([128, 64, 32], dim=-1)
+    return rotate(positions + 1, q, k, cache)
+
+
+def angles_of_another_dtype(positions: Tensor, qkv: Tensor, cache: Tensor) -> Any:
+    q, k, _ = qkv.float().split([128, 64, 32], dim=-1)
+    return rotate(positions, q, k, cache)
+
+
+def queries_and_values(positions: Tensor, qkv: Tensor, cache: Tensor) -> Any:
+    q, _, v = qkv.split([128, 64, 32], dim=-1)
+    return rotate(positions, q, v, cache)
+
+
+def keys_and_values(positions: Tensor, qkv: Tensor, cache: Tensor) -> Any:
+    _, k, v = qkv.split([128, 64, 32], dim=-1)
+    return rotate(positions, k, v, cache)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(queries_alone, half_of_a_head, neighbours_are_pairs, norms_of_heads, keys_and_values),
+        *(positions_of_this_graph, angles_of_another_dtype, queries_and_values),
+    ],
+)
+def test_rotary_embeddings_that_stay(layer: Callable[..., Any]) -> None:
+    args = torch.arange(5), make(5, 224), make(50, 32)
+    found, count = compiled(layer, *args)
+    assert count == 0
+    for result, wanted in zip(found, layer(*args), strict=True):
+        assert torch.allclose(result.float(), wanted.float(), rtol=2**-6, atol=2**-6)
+
+
 def other_variance(x: Tensor) -> Any:
     return ops.quantize_activation(ir.ops.rms_norm(x, x[0], EPSILON, 64))
 
@@ -362,6 +467,7 @@ def test_perplexity_is_that_without_fusion(tmp_path: Path) -> None:
         )
         assert not run.returncode, run.stderr[-3000:]
         assert ("inputs of layers are quantized by" in run.stdout) == (fuse == "1")
+        assert bool(re.search(r" [1-9]\d* rotary embeddings", run.stdout)) == (fuse == "1")
         found[fuse] = json.loads(run.stdout.splitlines()[-1])["perplexity"]
     print("perplexity without and with:", found)
     assert found["1"] != found["0"] and found["1"] == pytest.approx(found["0"], rel=2e-4)

@@ -89,7 +89,7 @@ def test_every_variant_compiles_without_local_memory(
             for weight in (matrix, stack):
                 variants.update(cuda_backend.kernels(weight[:2], dtype))
         variants |= {all_reduce.kernel(dtype, columns) for columns in (8192, 16384)}
-    rows, routing = 5 + 2, 1  # of activation.cu and all_reduce.cu; of moe_routing.cu
+    rows, routing = 6 + 2, 1  # of activation.cu and all_reduce.cu; of moe_routing.cu
     int4 = 7 * 2 + (21 + 15 if arch == 90 else 0)  # for each group size
     int8 = 7 * 2 + (11 + 9 if arch == 90 else 0)
     of_dtype = rows + int4 * len(group_sizes) + int8

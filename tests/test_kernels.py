@@ -205,6 +205,28 @@ def test_silu_mul_quantize_of_a_dense_layer(dtype: torch.dtype) -> None:
             assert_same_bits(scale_gpu, scale[::step][:rows])
 
 
+@pytest.mark.parametrize(
+    ("q_heads", "k_heads", "head_size"),
+    [(32, 8, 128), (8, 1, 128), (4, 2, 64), (3, 1, 16), (5, 5, 96), (2, 2, 256), (1, 1, 80)],
+)
+@pytest.mark.parametrize("dtype", HALF)
+def test_rotary_embedding_equals_reference(
+    q_heads: int, k_heads: int, head_size: int, dtype: torch.dtype
+) -> None:
+    columns = (q_heads + 2 * k_heads) * head_size
+    trouble = rows_of_trouble(columns, dtype)
+    qkv = torch.cat([trouble, torch.randn(700, columns).to(dtype)])
+    angles = torch.rand(1000, head_size // 2) * 7
+    cache = torch.cat([angles.cos(), angles.sin()], dim=1).to(dtype)
+    positions = torch.randint(0, 1000, (len(qkv),))
+    for rows in (slice(0), slice(1), slice(0, 33), slice(0, None, 2), slice(None)):
+        for view in (qkv.cuda()[rows], torch.nn.functional.pad(qkv[rows], (8, 24)).cuda()[:, 8:]):
+            args = positions.cuda()[rows], cache.cuda(), q_heads, k_heads
+            wanted = reference.rotary_embedding(qkv[rows], positions[rows], cache, q_heads, k_heads)
+            for found, part in zip(ops.rotary_embedding(view, *args), wanted, strict=True):
+                assert_same_bits(found.cpu(), part)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_alone_equals_linear_in_a_batch(dtype: torch.dtype, family: str) -> None:
@@ -231,6 +253,8 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(ops.quantize_activation, (x,))
     torch.library.opcheck(ops.norm_quantize, ([x, x * 2, x + 1], x[0], 1e-5, True, True))
     torch.library.opcheck(ops.silu_mul_quantize, (x,))
+    positions = torch.arange(5, device="cuda")
+    torch.library.opcheck(ops.rotary_embedding, (x, positions, x[:, :32], 2, 1))
     torch.library.opcheck(ops.gemm, (a8, scale, *w, None, torch.bfloat16))
     torch.library.opcheck(ops.moe, (x, *stacks, weights, ids, None, False))
 

@@ -136,6 +136,21 @@ def test_silu_mul_is_close_to_torch() -> None:
     assert reference.silu_mul(torch.tensor([[torch.nan, 1.0]])).isnan().all()
 
 
+def test_rotary_embedding_turns_complex_numbers() -> None:
+    q_heads, k_heads, half, m = 3, 2, 8, 7
+    qkv = torch.randn(m, (q_heads + k_heads) * 2 * half + 24)
+    positions = torch.randint(0, 50, (m,))
+    angles = torch.arange(50.0)[:, None] / 100.0 ** (torch.arange(half) / half)
+    cache = torch.cat([angles.cos(), angles.sin()], dim=1)
+    found = reference.rotary_embedding(qkv, positions, cache, q_heads, k_heads)
+    turn = torch.polar(torch.ones(m, 1, half).double(), angles[positions, None].double())
+    heads = qkv[:, : (q_heads + k_heads) * 2 * half].double().view(m, -1, 2, half)
+    turned = torch.view_as_real(torch.complex(heads[:, :, 0], heads[:, :, 1]) * turn)
+    exact = turned.movedim(3, 2).flatten(2).split([q_heads, k_heads], dim=1)
+    for part, wanted in zip(found, exact, strict=True):
+        assert torch.allclose(part.double(), wanted, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("n", "k", "group_size"), [(17, 96, 32), (250, 704, 64), (96, 4096, 128)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -198,6 +213,7 @@ def test_operators_pass_opcheck() -> None:
         for number, *kept in itertools.product((1, 2), (False, True), (False, True)):
             args = [rows] * number, torch.ones(128, dtype=rows.dtype), 1e-5, *kept
             torch.library.opcheck(ops.norm_quantize, args)
+    torch.library.opcheck(ops.rotary_embedding, (x, torch.arange(5), x[:, :32], 2, 1))
     torch.library.opcheck(ops.gemm, (a8, scale, *ready, None, torch.bfloat16))
     weights, ids = routing(5, 1, 1, "random")
     square = packed(weight(256, 128, 64)), packed(weight(128, 128, 64))

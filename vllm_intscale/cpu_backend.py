@@ -58,6 +58,14 @@ def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_activation(reference.silu_mul(gate_up))
 
 
+def rotary_embedding(
+    qkv: Tensor, positions: Tensor, cos_sin_cache: Tensor, q_heads: int, k_heads: int
+) -> tuple[Tensor, Tensor]:
+    """See `reference.rotary_embedding`."""
+    q, k = reference.rotary_embedding(qkv, positions, cos_sin_cache, q_heads, k_heads)
+    return q.contiguous(), k.contiguous()
+
+
 def describe(qweight: Tensor, group_scale: Tensor) -> str:
     """What runs a prepared weight, for the log."""
     return "cpu_backend (torch._int_mm, exact)"

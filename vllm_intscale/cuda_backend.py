@@ -29,6 +29,7 @@ from vllm_intscale.row_kernels import (
     norm_quantize,
     quantize_activation,
     quantize_slots,
+    rotary_embedding,
     row_kernel,
     silu_mul_quantize,
 )
@@ -39,10 +40,14 @@ __all__ = [
     "norm_quantize",
     "quantize_activation",
     "quantize_slots",
+    "rotary_embedding",
     "silu_mul_quantize",
 ]
 
-DENSE_ROW_KERNELS = ("quantize_activation", "norm_quantize", "silu_mul_quantize")
+DENSE_ROW_KERNELS = (
+    *("quantize_activation", "norm_quantize", "silu_mul_quantize"),
+    "rotary_embedding",
+)
 ROWS = 1024  # of 8-bit weights folded at a time: bounds the extra memory
 
 

@@ -4,6 +4,10 @@
     vllm.all_reduce -> norm_quantize                                all_reduce_norm_quantize
     silu(gate) * up, as Inductor decomposes it   -> quantize_activation     silu_mul_quantize
 
+And of queries and keys that are parts of one tensor, which Inductor would rotate in a kernel each:
+
+    their rotary embeddings, as it decomposes them                          rotary_embedding
+
 Anything else stays as it is, and so does a norm of other sizes or dtypes than `norm_quantize` has.
 Where a norm's residual is itself a sum of this graph, `norm_quantize` gets what that is the sum of:
 Inductor would compute it so, in float32, and nobody has to store that sum.
@@ -16,11 +20,13 @@ from __future__ import annotations
 
 import operator
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
+from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, Ignored, KeywordArg, Match
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from vllm.compilation.passes.inductor_pass import InductorPass
@@ -111,8 +117,8 @@ class QuantizeWhereMade(InductorPass):  # type: ignore[misc]
         products = sum(_fuse_silu_mul(graph, made) for made in quantized)
         logger.info_once(
             "intscale: %d of %d inputs of layers are quantized by the norm before them, %d by "
-            "silu(gate) * up; %d sums over ranks are fused",
-            *(norms, len(quantized), products, over_ranks),
+            "silu(gate) * up; %d sums over ranks are fused, %d rotary embeddings",
+            *(norms, len(quantized), products, over_ranks, _fuse_rotary_embeddings(graph)),
         )
 
     def uuid(self) -> str:
@@ -228,6 +234,75 @@ def _is_one_plus_exp_of_minus(node: Any, x: Any) -> bool:
         return False
     minus = node.args[0].args[0]
     return _is(minus, aten.neg) and minus.args[0] is x
+
+
+def _fuse_rotary_embeddings(graph: Graph) -> int:
+    """How often queries and keys, the first two parts of one tensor, are rotated at once now."""
+    found: defaultdict[tuple[Any, ...], dict[int, Match]] = defaultdict(dict)
+    for node in graph.nodes:
+        match = ROTATION.match(node)
+        if isinstance(match, Match) and _can_rotate(**match.kwargs):
+            of = tuple(match.kwargs[name] for name in ("split", "positions", "cos_sin_cache"))
+            found[of][match.kwargs["part"]] = match
+    fused = [parts for parts in found.values() if parts.keys() >= {0, 1}]
+    for parts in fused:
+        _rotate(graph, parts[0], parts[1], before=next(iter(parts.values())).output_node())
+    return len(fused)
+
+
+def _rotation_pattern() -> CallFunction:
+    """What vLLM's RotaryEmbedding.forward_static becomes where all columns of a head rotate."""
+
+    def halves(whole: CallFunction) -> list[CallFunction]:
+        split = CallFunction(aten.split.Tensor, whole, KeywordArg("half"), -1, _users=MULTIPLE)
+        return [CallFunction(operator.getitem, split, i, _users=MULTIPLE) for i in (0, 1)]
+
+    def product(*factors: CallFunction) -> CallFunction:
+        return CallFunction(aten.mul.Tensor, *factors)
+
+    part = CallFunction(operator.getitem, KeywordArg("split"), KeywordArg("part"))
+    shape = [Ignored(), Ignored(), KeywordArg("head_size")]
+    first, second = halves(CallFunction(aten.reshape.default, part, shape))
+    angles = aten.index.Tensor, KeywordArg("cos_sin_cache"), [KeywordArg("positions")]
+    cos, sin = (
+        CallFunction(aten.unsqueeze.default, half, -2, _users=MULTIPLE)
+        for half in halves(CallFunction(*angles, _users=MULTIPLE))
+    )
+    rotated = [
+        CallFunction(aten.sub.Tensor, product(first, cos), product(second, sin)),
+        CallFunction(aten.add.Tensor, product(second, cos), product(first, sin)),
+    ]
+    return CallFunction(aten.cat.default, rotated, -1, _users=MULTIPLE)
+
+
+ROTATION = _rotation_pattern()
+
+
+def _can_rotate(
+    split: Any, part: int, head_size: Any, half: Any, positions: Any, cos_sin_cache: Any
+) -> bool:
+    """Whether `rotary_embedding` takes them. It reads positions and their angles early, so that
+    they must be there before anything of this graph runs.
+    """
+    if not positions.op == cos_sin_cache.op == "placeholder":
+        return False
+    if not _is(split, aten.split_with_sizes) or positions.meta["val"].dtype != torch.int64:
+        return False
+    angles: Any = cos_sin_cache.meta["val"]
+    dims = [node.meta["val"].dim() for node in (split.args[0], positions, cos_sin_cache)]
+    return dims == [2, 1, 2] and angles.shape[1] == head_size == 2 * half and not head_size % 16
+
+
+def _rotate(graph: Graph, queries: Match, keys: Match, before: Node) -> None:
+    """Rotate both there."""
+    of = queries.kwargs
+    qkv, sizes, *_ = of["split"].args
+    heads = [size // of["head_size"] for size in sizes[:2]]
+    args = (qkv, of["positions"], of["cos_sin_cache"], *heads)
+    results = _insert(graph, before, ops.rotary_embedding.default, args)
+    for result, match in zip(results, (queries, keys), strict=True):
+        match.output_node().replace_all_uses_with(result)
+        graph.erase_node(match.output_node())
 
 
 def _is(node: Any, packet: Any) -> bool:

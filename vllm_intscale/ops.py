@@ -4,6 +4,7 @@
     norm_quantize         addends, weight -> a8, token_scale, the normed sum, the sum
     all_reduce_norm_quantize   the same; the last addend is a rank's part of a sum, which is added
     silu_mul_quantize     gate_up [M, 2 K] -> a8, token_scale of silu(gate) * up
+    rotary_embedding      qkv, positions, cos_sin_cache -> q, k, rotated
     gemm                  a8, token_scale, weight, bias -> y [M, N]
     moe                   x [M, H], w13, w2, routing -> y [M, H]
 
@@ -104,6 +105,13 @@ def _silu_mul_quantize_fake(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return _quantize_activation_fake(gate_up[:, : gate_up.shape[1] // 2])
 
 
+def _rotary_embedding_fake(
+    qkv: Tensor, positions: Tensor, cos_sin_cache: Tensor, q_heads: int, k_heads: int
+) -> tuple[Tensor, Tensor]:
+    m, head_size = qkv.shape[0], cos_sin_cache.shape[1]
+    return qkv.new_empty(m, q_heads, head_size), qkv.new_empty(m, k_heads, head_size)
+
+
 def _gemm_fake(
     a8: Tensor,
     token_scale: Tensor,
@@ -136,6 +144,8 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         cpu_backend.silu_mul_quantize,
         _silu_mul_quantize_fake,
     ),
+    "rotary_embedding(Tensor qkv, Tensor positions, Tensor cos_sin_cache, int q_heads, "
+    "int k_heads) -> (Tensor, Tensor)": (cpu_backend.rotary_embedding, _rotary_embedding_fake),
     "gemm(Tensor a8, Tensor token_scale, Tensor qweight, Tensor group_scale, "
     "Tensor channel_scale, Tensor? bias, ScalarType dtype) -> Tensor": (
         cpu_backend.gemm,
@@ -157,5 +167,6 @@ quantize_activation = torch.ops.intscale.quantize_activation
 norm_quantize = torch.ops.intscale.norm_quantize
 all_reduce_norm_quantize = torch.ops.intscale.all_reduce_norm_quantize
 silu_mul_quantize = torch.ops.intscale.silu_mul_quantize
+rotary_embedding = torch.ops.intscale.rotary_embedding
 gemm = torch.ops.intscale.gemm
 moe = torch.ops.intscale.moe

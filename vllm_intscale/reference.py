@@ -166,6 +166,24 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return (gate * reciprocal(1 + exp2(gate * -LOG2_E)) * up).to(gate_up.dtype)
 
 
+def rotary_embedding(
+    qkv: Tensor, positions: Tensor, cos_sin_cache: Tensor, q_heads: int, k_heads: int
+) -> tuple[Tensor, Tensor]:
+    """Queries `[M, q_heads, D]` and keys `[M, k_heads, D]`, rotated (RoFormer, arXiv 2104.09864).
+
+    qkv `[M, >= (q_heads + k_heads) * D]` begins with both; column i of a head is paired with
+    i + D / 2. positions int `[M]`; cos_sin_cache `[positions, D]`, cosines first. All of one dtype,
+    float32 inside, rounded once.
+    """
+    head_size = cos_sin_cache.shape[1]
+    cos, sin = cos_sin_cache[positions].float().unsqueeze(1).chunk(2, dim=-1)
+    heads = qkv.float()[:, : (q_heads + k_heads) * head_size].unflatten(1, (-1, head_size))
+    first, second = heads.chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    q, k = rotated.to(qkv.dtype).split([q_heads, k_heads], dim=1)
+    return q, k
+
+
 def norm_threads(k: int) -> int:
     """A power of two, of which `rms_norm` adds that many sums: 16 columns for each, if they fit."""
     threads = 32

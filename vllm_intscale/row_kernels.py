@@ -1,4 +1,4 @@
-"""Launches of `cuda/activation.cu`: what reads a row of activations and leaves it as int8."""
+"""Launches of `cuda/activation.cu`: what is done to rows of activations between GEMMs."""
 
 from __future__ import annotations
 
@@ -152,3 +152,23 @@ def silu_mul_quantize(
     grid, shared_bytes = (count * blocks,), 16 * -(-k // (8 * blocks))
     jit.launch(kernel, a8.device, grid, ROW_THREADS, args, shared_bytes, blocks, overlap=True)
     return a8, token_scale
+
+
+def rotary_embedding(
+    qkv: Tensor, positions: Tensor, cos_sin_cache: Tensor, q_heads: int, k_heads: int
+) -> tuple[Tensor, Tensor]:
+    """See `reference.rotary_embedding`; bf16 or fp16, D a multiple of 16, positions int64.
+
+    What wrote positions and cos_sin_cache must have ended: this kernel reads them early.
+    """
+    qkv, positions = aligned(qkv), positions.contiguous()
+    cos_sin = aligned(cos_sin_cache).contiguous()
+    m, head_size = len(qkv), cos_sin.shape[1]
+    q, k = (qkv.new_empty(m, heads, head_size) for heads in (q_heads, k_heads))
+    if m:
+        sizes = (m, q_heads, k_heads, head_size // 2)
+        args = (qkv, positions, cos_sin, q, k, *sizes, qkv.stride(0))
+        grid = (-(-(q.numel() + k.numel()) // (16 * ROW_THREADS)),)
+        kernel = row_kernel("rotary_embedding", qkv.dtype)
+        jit.launch(kernel, qkv.device, grid, ROW_THREADS, args, overlap=True)
+    return q, k

@@ -47,10 +47,14 @@ def main() -> None:
     gate_up = torch.randn(1, 2 * INNER, dtype=torch.bfloat16, device="cuda")
     square, dense = weight(HIDDEN, HIDDEN), torch.randn(HIDDEN, HIDDEN, device="cuda").to(x.dtype)
     a8, scale = ops.quantize_activation(x)
+    position = torch.zeros(1, dtype=torch.int64, device="cuda")
     calls: dict[str, Callable[[], object]] = {
         "intscale.quantize_activation": lambda: ops.quantize_activation(x),
         "intscale.norm_quantize": lambda: ops.norm_quantize([x, x], x[0], 1e-5, False, True),
         "intscale.silu_mul_quantize": lambda: ops.silu_mul_quantize(gate_up),
+        "intscale.rotary_embedding": lambda: ops.rotary_embedding(
+            gate_up[:, : 48 * 128], position, x[:, :128], 32, 8
+        ),
         "intscale.gemm": lambda: ops.gemm(a8, scale, *square, None, x.dtype),
         "torch.nn.functional.linear": lambda: torch.nn.functional.linear(x, dense),
         "torch.empty": lambda: torch.empty(1, HIDDEN, dtype=x.dtype, device="cuda"),
