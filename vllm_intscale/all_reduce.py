@@ -112,7 +112,8 @@ def launch(
     for other in (weight, *others):
         if other.dtype is not partial.dtype:
             raise IntScaleError(f"all-reduce of {partial.dtype} and {other.dtype}; convert one")
-    (m, k), weight = partial.shape, aligned(weight[None])
+    (m, k), rows = partial.shape, weight[None]
+    weight = aligned(rows)
     a8, token_scale = new_activation(partial, m, k), partial.new_empty(m, dtype=torch.float32)
     y, added = (partial.new_empty((m, k) if wanted else 0) for wanted in (keep_norm, keep_sum))
     reduced = torch.empty_like(partial)
@@ -126,7 +127,8 @@ def launch(
         )
         threads = reference.norm_threads(k)
         device = partial.device
-        jit.launch(kernel(partial.dtype, k), device, (m,), threads, args, overlap=True)
+        early = weight is rows  # as in norm_quantize
+        jit.launch(kernel(partial.dtype, k), device, (m,), threads, args, overlap=early)
     return a8, token_scale, y, added, reduced
 
 

@@ -110,7 +110,8 @@ def norm_quantize(
     for other in (weight, *addends[1:]):
         if other.dtype is not x.dtype:
             raise IntScaleError(f"norm_quantize of {x.dtype} and {other.dtype}; convert one")
-    weight = aligned(weight[None])
+    rows = weight[None]
+    weight = aligned(rows)
     m, k = x.shape
     a8, token_scale = new_activation(x, m, k), x.new_empty(m, dtype=torch.float32)
     y, added = (x.new_empty((m, k) if wanted else 0) for wanted in (keep_norm, keep_sum))
@@ -120,7 +121,8 @@ def norm_quantize(
         outputs = (a8, token_scale, y if keep_norm else None, added if keep_sum else None)
         args = (*inputs, *unused, weight, float32_bits(epsilon), *outputs, k, a8.shape[1])
         kernel, threads = row_kernel("norm_quantize", x.dtype), reference.norm_threads(k)
-        jit.launch(kernel, x.device, (m,), threads, args, overlap=True)
+        early = weight is rows  # it reads weights early, not those that were copied just now
+        jit.launch(kernel, x.device, (m,), threads, args, overlap=early)
     return a8, token_scale, y, added
 
 
@@ -159,16 +161,18 @@ def rotary_embedding(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.rotary_embedding`; bf16 or fp16, D a multiple of 16, positions int64.
 
-    What wrote positions and cos_sin_cache must have ended: this kernel reads them early.
+    What wrote positions and cos_sin_cache must have ended: this kernel reads them early, unless
+    it gets copies.
     """
-    qkv, positions = aligned(qkv), positions.contiguous()
+    qkv, place = aligned(qkv), positions.contiguous()
     cos_sin = aligned(cos_sin_cache).contiguous()
+    early = place is positions and cos_sin is cos_sin_cache
     m, head_size = len(qkv), cos_sin.shape[1]
     q, k = (qkv.new_empty(m, heads, head_size) for heads in (q_heads, k_heads))
     if m:
         sizes = (m, q_heads, k_heads, head_size // 2)
-        args = (qkv, positions, cos_sin, q, k, *sizes, qkv.stride(0))
+        args = (qkv, place, cos_sin, q, k, *sizes, qkv.stride(0))
         grid = (-(-(q.numel() + k.numel()) // (16 * ROW_THREADS)),)
         kernel = row_kernel("rotary_embedding", qkv.dtype)
-        jit.launch(kernel, qkv.device, grid, ROW_THREADS, args, overlap=True)
+        jit.launch(kernel, qkv.device, grid, ROW_THREADS, args, overlap=early)
     return q, k
