@@ -29,63 +29,82 @@ constexpr int kSiluThreads = 256;
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ int blocks_of_row() { return cluster_size(); }
 __device__ __forceinline__ int block_of_row() { return cluster_rank(); }
-// Once, before cluster_max: nobody may write to a block's shared memory before it runs.
-__device__ __forceinline__ void announce_block() {
-  if (blocks_of_row() > 1) cluster_arrive();
-}
-// Maximum over the cluster of what each block's threads have alike.
-__device__ __forceinline__ uint32_t cluster_max(uint32_t value) {
-  if (blocks_of_row() == 1) return value;
-  __shared__ uint32_t of_blocks[8];  // the most that a portable cluster has
-  cluster_wait();
-  if (threadIdx.x < blocks_of_row()) {
-    store_remote(shared_address(of_blocks + block_of_row()), threadIdx.x, value);
+
+// Maximum over the blocks of a row: each warp sends its own to all of them, whose barrier counts
+// the bytes. A release to the cluster would wait for all that this block has stored anywhere.
+struct RowMax {
+  static constexpr int kWarps = kSiluThreads / 32, kMost = 8 * kWarps;  // of a portable cluster
+  uint32_t* of_warps;
+  uint32_t arrived;
+
+  // Before the kernel does anything else: nobody may write to a block that does not run yet.
+  __device__ __forceinline__ RowMax() {
+    __shared__ uint32_t all[kMost];
+    __shared__ uint64_t barrier;
+    of_warps = all, arrived = shared_address(&barrier);
+    if (blocks_of_row() == 1) return;
+    if (threadIdx.x == 0) {
+      barrier_init(arrived, 1);
+      barrier_init_fence();
+      barrier_expect(arrived, blocks_of_row() * kWarps * sizeof(uint32_t));
+    }
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
   }
-  cluster_arrive_release();
-  cluster_wait();
-  for (int i = 0; i < blocks_of_row(); ++i) value = max(value, of_blocks[i]);
-  return value;
-}
+  __device__ __forceinline__ uint32_t operator()(uint32_t value) const {
+    const int blocks = blocks_of_row(), lane = threadIdx.x % 32;
+    if (blocks == 1) return block_max(value);
+    value = __reduce_max_sync(0xffffffff, value);
+    uint32_t* const own = of_warps + block_of_row() * kWarps + threadIdx.x / 32;
+    if (lane < blocks) store_remote(shared_address(own), arrived, lane, value);
+    barrier_wait(arrived, 0);
+#pragma unroll
+    for (int i = lane; i < kMost; i += 32) {
+      if (i < blocks * kWarps) value = max(value, of_warps[i]);
+    }
+    return __reduce_max_sync(0xffffffff, value);
+  }
+};
 #else
 __device__ __forceinline__ int blocks_of_row() { return 1; }
 __device__ __forceinline__ int block_of_row() { return 0; }
-__device__ __forceinline__ void announce_block() {}
-__device__ __forceinline__ uint32_t cluster_max(uint32_t value) { return value; }
+struct RowMax {
+  __device__ __forceinline__ uint32_t operator()(uint32_t value) const { return block_max(value); }
+};
 #endif
+
+__device__ __forceinline__ int log2_blocks_of_row() { return __popc(blocks_of_row() - 1); }
 
 // Row blockIdx.x of x, as much of it as registers hold, and its scale.
 struct Row {
   const uint4* in;
   int vectors;
   uint4 held[kHeld];
-  TokenScale scale;
+  float amax, inverse;
 
   __device__ __forceinline__ Row(const uint16_t* x, int64_t k, int64_t row_stride)
       : in(reinterpret_cast<const uint4*>(x + blockIdx.x * row_stride)), vectors(int(k / kVector)) {
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
       const int i = threadIdx.x + j * blockDim.x;
-      held[j] = i < vectors ? in[i] : make_uint4(0, 0, 0, 0);
+      held[j] = load8_if(i < vectors, in + i);
     }
     Largest largest;
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) largest.add(held[j]);
     for (int i = first_not_held(); i < vectors; i += blockDim.x) largest.add(in[i]);
-    scale = token_scale_of(largest.of_block());
+    amax = largest.of_block(), inverse = inverse_scale_of(amax);
   }
   __device__ __forceinline__ int first_not_held() const { return threadIdx.x + kHeld * blockDim.x; }
-  __device__ __forceinline__ void store(int8_t* a8, float* token_scale, int64_t row,
-                                        int64_t rows_padded) const {
+  __device__ __forceinline__ void store(const Codes& codes, float* token_scale, int64_t row) const {
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
-      const int i = threadIdx.x + j * blockDim.x;
-      if (i < vectors) store_codes(a8, row, rows_padded, i * kVector, held[j], scale.inverse);
+      if (threadIdx.x + j * blockDim.x < vectors) codes.store(j, held[j], inverse);
     }
-    for (int i = first_not_held(); i < vectors; i += blockDim.x) {
-      store_codes(a8, row, rows_padded, i * kVector, in[i], scale.inverse);
-    }
-    clear_padding(a8, row, rows_padded, vectors * kVector);
-    if (threadIdx.x == 0) token_scale[row] = scale.scale;
+    int j = kHeld;
+    for (int i = first_not_held(); i < vectors; i += blockDim.x) codes.store(j++, in[i], inverse);
+    if (threadIdx.x == 0) token_scale[row] = token_scale_of(amax);
   }
 };
 
@@ -93,9 +112,12 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
     quantize_activation(const uint16_t* x, int8_t* a8, float* token_scale, int64_t k,
                         int64_t row_stride, int64_t rows_padded) {
   let_next_kernel_start();
+  const Codes codes(a8, blockIdx.x, rows_padded, threadIdx.x);
   wait_for_previous_kernel();
+  const Row row(x, k, row_stride);
+  row.store(codes, token_scale, blockIdx.x);
+  clear_padding(a8, blockIdx.x, rows_padded, int(k));
   clear_flags(a8, rows_padded, k);
-  Row(x, k, row_stride).store(a8, token_scale, blockIdx.x, rows_padded);
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads)
@@ -107,7 +129,9 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
   clear_flags(a8, rows_padded, k);
   for (int slot = 0; slot < topk; ++slot) {
     const int row = slot_row[blockIdx.x * int64_t(topk) + slot];
-    if (row >= 0) token.store(a8, token_scale, row, rows_padded);
+    if (row < 0) continue;
+    token.store(Codes(a8, row, rows_padded, threadIdx.x), token_scale, row);
+    clear_padding(a8, row, rows_padded, int(k));
   }
 }
 
@@ -115,23 +139,26 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
     norm_quantize(const uint4* x0, const uint4* x1, const uint4* x2, const uint4* weight,
                   float epsilon, int8_t* a8, float* token_scale, uint4* y, uint4* sum, int64_t k,
                   int64_t rows_padded) {
-  const int vectors = int(k / kVector);
-  uint4 weights[kHeld];
   let_next_kernel_start();
-  load_weights(weights, weight, vectors);  // the kernel before does not write them
+  const NormRow row(weight, k, a8, rows_padded);
   wait_for_previous_kernel();
-  clear_flags(a8, rows_padded, k);
-  const int64_t first = blockIdx.x * int64_t(vectors);
-  Columns added = {};
+  uint4 addends[3][kHeld];
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
-    const int i = threadIdx.x + j * blockDim.x;
-    if (i >= vectors) continue;
-    unpack8<DTYPE>(x0[first + i], added[j]);
-    if (x1 != nullptr) add_vector(added[j], x1[first + i]);
-    if (x2 != nullptr) add_vector(added[j], x2[first + i]);
+    addends[0][j] = row.load(x0, j);
+    addends[1][j] = row.load(x1, j);
+    addends[2][j] = row.load(x2, j);
   }
-  norm_and_quantize(added, weights, epsilon, a8, token_scale, y, sum, k, rows_padded);
+  Columns added;
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+    unpack8<DTYPE>(addends[0][j], added[j]);
+    add_vector(added[j], addends[1][j]);
+    add_vector(added[j], addends[2][j]);
+  }
+  row.finish(added, epsilon, token_scale, y, sum);
+  clear_padding(a8, blockIdx.x, rows_padded, int(k));
+  clear_flags(a8, rows_padded, k);
 }
 
 // silu(gate) * up of eight columns, rounded once.
@@ -152,29 +179,31 @@ extern "C" __global__ void __launch_bounds__(kSiluThreads, 8)
                       int64_t k, int64_t rows_padded) {
   extern __shared__ uint4 hidden[];  // this block's part of silu(gate) * up, rounded
   let_next_kernel_start();
-  int64_t row = blockIdx.x / blocks_of_row();
+  const RowMax row_max;
+  int64_t row = blockIdx.x >> log2_blocks_of_row();
   if (slot_row != nullptr) row = __ldcg(slot_row + row);
+  const int vectors = row < 0 ? 0 : int(k / kVector);  // what has no row goes along
+  const int part = (vectors + blocks_of_row() - 1) >> log2_blocks_of_row();
+  const int begin = min(part * block_of_row(), vectors), end = min(begin + part, vectors);
+  const uint4* const gates = reinterpret_cast<const uint4*>(gate_up + row * 2 * k);
+  const Codes codes(a8, row, rows_padded, begin + threadIdx.x);
   wait_for_previous_kernel();
-  clear_flags(a8, rows_padded, k);
-  if (row < 0) return;  // and so do all blocks of its cluster
-  announce_block();
-  const int vectors = int(k / kVector), begin = vectors * block_of_row() / blocks_of_row();
-  const int end = vectors * (block_of_row() + 1) / blocks_of_row();
-  const uint4* gates = reinterpret_cast<const uint4*>(gate_up + row * 2 * k);
-  const uint4* ups = reinterpret_cast<const uint4*>(gate_up + row * 2 * k + k);
   Largest largest;
   for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
-    const uint4 v = silu_mul(gates[i], ups[i]);
+    const uint4 gate = load8_if(true, gates + i), up = load8_if(true, gates + i + vectors);
+    const uint4 v = silu_mul(gate, up);
     hidden[i - begin] = v;
     largest.add(v);
   }
-  const TokenScale s = token_scale_of(Largest::float_of(cluster_max(largest.bits_of_block())));
+  const float amax = Largest::float_of(row_max(largest.bits())), inverse = inverse_scale_of(amax);
+  int j = 0;
   for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {  // its own: no barrier
-    store_codes(a8, row, rows_padded, i * kVector, hidden[i - begin], s.inverse);
+    codes.store(j++, hidden[i - begin], inverse);
   }
-  if (end < vectors) return;
+  clear_flags(a8, rows_padded, k);
+  if (row < 0 || block_of_row() > 0) return;
   clear_padding(a8, row, rows_padded, int(k));
-  if (threadIdx.x == 0) token_scale[row] = s.scale;
+  if (threadIdx.x == 0) token_scale[row] = token_scale_of(amax);
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads)

@@ -108,54 +108,50 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                              float* token_scale, uint4* y, uint4* sum, uint4* reduced, int64_t k,
                              int64_t rows_padded) {
   __shared__ uint4* inbox_of[kMaxRanks];
-  const int vectors = int(k / kVector), row = blockIdx.x;
-  uint4 weights[kHeld];
+  const int row = blockIdx.x;
   let_next_kernel_start();
-  load_weights(weights, weight, vectors);  // the kernel before writes neither these
-  if (threadIdx.x < ranks) inbox_of[threadIdx.x] = inboxes[threadIdx.x];  // nor these
+  const NormRow norm(weight, k, a8, rows_padded);
+  if (threadIdx.x < ranks) inbox_of[threadIdx.x] = inboxes[threadIdx.x];
   __syncthreads();
   wait_for_previous_kernel();
   const uint32_t turn = turns[row];
   const auto place = [&](int sender) {
     return ((int64_t(turn) * ranks + sender) * kMaxRows + row) * row_vectors;
   };
-  const int64_t first = row * int64_t(vectors);
   uint4 own[kHeld];
 #pragma unroll
-  for (int j = 0; j < kHeld; ++j) {
-    const int i = threadIdx.x + j * blockDim.x;
-    own[j] = i < vectors ? partial[first + i] : make_uint4(0, 0, 0, 0);
-  }
+  for (int j = 0; j < kHeld; ++j) own[j] = norm.load(partial, j);
   for (int to = 1; to < ranks; ++to) {  // not all to the same one
-    uint4* const theirs = inbox_of[(rank + to) % ranks] + place(rank);
+    const int other = rank + to < ranks ? rank + to : rank + to - ranks;
+    uint4* const theirs = inbox_of[other] + place(rank);
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
-      const int i = threadIdx.x + j * blockDim.x;
-      if (i < vectors) send(theirs + i, own[j]);
+      if (norm.holds(j)) send(theirs + threadIdx.x + j * blockDim.x, own[j]);
     }
   }
   clear_flags(a8, rows_padded, k);
-  Columns added = {};
+  Columns added;
   const auto add_others = [&] {
+    uint4 others[2][kHeld];
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
-      const int i = threadIdx.x + j * blockDim.x;
-      if (i >= vectors) continue;
-      if (x0 != nullptr) unpack8<DTYPE>(x0[first + i], added[j]);
-      if (x1 != nullptr) add_vector(added[j], x1[first + i]);
+      others[0][j] = norm.load(x0, j);
+      others[1][j] = norm.load(x1, j);
+    }
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      unpack8<DTYPE>(others[0][j], added[j]);
+      add_vector(added[j], others[1][j]);
     }
   };
   if (kManyRegisters) add_others();  // while those of the ranks are on their way
   uint4 total[kHeld];
-  sum_over_ranks(total, own, inbox_of[rank], place, rank, ranks, vectors);
+  sum_over_ranks(total, own, inbox_of[rank], place, rank, ranks, norm.vectors);
   if (!kManyRegisters) add_others();
 #pragma unroll
-  for (int j = 0; j < kHeld; ++j) {
-    const int i = threadIdx.x + j * blockDim.x;
-    if (x0 == nullptr) unpack8<DTYPE>(total[j], added[j]);
-    if (x0 != nullptr) add_vector(added[j], total[j]);
-    if (i < vectors) reduced[first + i] = total[j];
-  }
-  norm_and_quantize(added, weights, epsilon, a8, token_scale, y, sum, k, rows_padded);
+  for (int j = 0; j < kHeld; ++j) add_vector(added[j], total[j]);
+  norm.store(reduced, total);
+  norm.finish(added, epsilon, token_scale, y, sum);
+  clear_padding(a8, row, rows_padded, int(k));
   if (threadIdx.x == 0) turns[row] = turn ^ 1;  // which all have read: there are barriers between
 }

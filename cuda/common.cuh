@@ -28,7 +28,15 @@ using uint64_t = unsigned long long;
 // from it out of a loop.
 template <typename T>
 __device__ __forceinline__ T opaque(T v) {
-  asm volatile("" : "+r"(v));
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(v));
+  } else {
+    asm volatile("" : "+r"(v));
+  }
+  return v;
+}
+__device__ __forceinline__ float opaque(float v) {
+  asm volatile("" : "+f"(v));
   return v;
 }
 
@@ -161,6 +169,21 @@ __device__ __forceinline__ void unpack8(uint4 v, float (&out)[8]) {
   }
 }
 
+// Eight, if they are there; otherwise what, added to others, changes nothing, not even a zero's
+// sign. Without a branch and, for ptxas, in this order: it would put one behind what waits for
+// another.
+__device__ __forceinline__ uint4 load8_if(bool there, const uint4* x) {
+  constexpr uint32_t kMinusZeros = 0x80008000;
+  uint4 v = {kMinusZeros, kMinusZeros, kMinusZeros, kMinusZeros};
+  asm volatile(
+      "{\n .reg .pred there;\n setp.ne.u32 there, %4, 0;\n"
+      " @there ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%5];\n}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "r"(uint32_t(there)), "l"(x)
+      : "memory");
+  return v;
+}
+
 // Activations quantized to int8 lie in blocks of 128 k, [ceil(k / 128)][rows padded to 8][128], so
 // that a tile of tokens is contiguous; 16-byte chunk c of a row is stored at chunk c ^ (row % 8),
 // which makes reading a column of chunks free of bank conflicts and is what wgmma expects.
@@ -171,8 +194,8 @@ __device__ __forceinline__ int64_t activation_bytes(int64_t rows_padded, int64_t
   return (k + 127) / 128 * rows_padded * 128;
 }
 // Offset in bytes of the 16-byte chunk that holds column `k`:
-__device__ __forceinline__ int64_t activation_chunk(int64_t row, int64_t rows_padded, int k) {
-  return (k / 128 * rows_padded + row) * 128 + ((k / 16 % 8) ^ int(row % 8)) * 16;
+__device__ __forceinline__ int64_t activation_chunk(int64_t row, int64_t rows_padded, uint32_t k) {
+  return (k / 128 * rows_padded + row) * 128 + ((k / 16 % 8) ^ uint32_t(row) % 8) * 16;
 }
 
 // ---- programmatic dependent launch: nothing happens in an ordinary launch ----------------------

@@ -60,15 +60,17 @@ __device__ __forceinline__ void cluster_arrive_release() {
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
-// To the same offset in another block of the cluster.
-__device__ __forceinline__ void store_remote(uint32_t shared, uint32_t rank, uint32_t value) {
+// To the same offset in another block of the cluster, whose barrier counts the bytes that come.
+__device__ __forceinline__ void store_remote(uint32_t shared, uint32_t barrier, uint32_t rank,
+                                             uint32_t v) {
   asm volatile(
-      "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
-      " st.shared::cluster.u32 [remote], %2;\n}" ::"r"(shared),
-      "r"(rank), "r"(value)
+      "{\n .reg .b32 address, counter;\n mapa.shared::cluster.u32 address, %0, %2;\n"
+      " mapa.shared::cluster.u32 counter, %1, %2;\n"
+      " st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [address], %3, "
+      "[counter];\n}" ::"r"(shared),
+      "r"(barrier), "r"(rank), "r"(v)
       : "memory");
 }
-// 16 bytes to the same offset in another block of the cluster; its barrier counts their arrival.
 __device__ __forceinline__ void store_remote(uint32_t shared, uint32_t barrier, uint32_t rank,
                                              const int (&v)[4]) {
   asm volatile(

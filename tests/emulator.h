@@ -57,6 +57,7 @@ inline float __uint_as_float(uint32_t v) { return bits_as<float>(v); }
 inline float __int_as_float(int v) { return bits_as<float>(v); }
 inline int __float_as_int(float v) { return bits_as<int>(v); }
 inline uint32_t __float_as_uint(float v) { return bits_as<uint32_t>(v); }
+inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 template <class T>
 T __ldcg(const T* p) {
   return *p;
@@ -66,6 +67,7 @@ T __ldcg(const T* p) {
 
 constexpr uint32_t kSharedBytes = 227 * 1024;  // of a block, at most
 constexpr uint32_t kSpan = 1 << 18;            // from one block's shared addresses to the next's
+constexpr uint32_t kStatics = 240 * 1024;      // where a block's variables begin that are not dynamic
 constexpr int kStackBytes = 48 * 1024;
 
 struct Multiplication {  // a wgmma of a thread
@@ -126,7 +128,8 @@ struct Machine {
   std::vector<Cluster> clusters;
   std::vector<Copy> copies;
   std::vector<Word> words;
-  std::map<std::pair<int, int>, std::vector<char>> statics;
+  std::map<int, uint32_t> statics;  // by the line of their declaration
+  uint32_t statics_end = kStatics;
   std::map<std::pair<int, int>, std::array<uint32_t, 32>> of_lanes;
   std::map<int, int> ended;  // threads, by kernel and rank
   std::map<std::pair<int, const void*>, int> seen;
@@ -193,7 +196,9 @@ inline uint32_t __reduce_max_sync(uint32_t, uint32_t v) {
 inline bool elect_one() { return machine->now->thread % 32 == 0; }
 
 inline uint8_t* in_shared(uint32_t address, uint32_t bytes) {
-  if (address / kSpan >= uint32_t(machine->grid) || address % kSpan + bytes > kSharedBytes) {
+  const uint32_t begin = address % kSpan, end = begin + bytes;
+  const bool is_static = kStatics <= begin && end <= machine->statics_end;
+  if (address / kSpan >= uint32_t(machine->grid) || end > kSharedBytes && !is_static) {
     machine->fail("an address outside of shared memory");
     return machine->shared.data();
   }
@@ -209,12 +214,14 @@ template <class T>
 void store_to_shared(uint32_t address, T v) {
   memcpy(in_shared(address, sizeof(v)), &v, sizeof(v));
 }
+inline uint8_t* shared_of_block() { return machine->shared.data() + machine->now->block * kSpan; }
 // A variable in static shared memory, which the source line tells from others.
 template <class T>
 T& static_of_block(int line) {
-  auto& bytes = machine->statics[{machine->now->block, line}];
-  bytes.resize(sizeof(T));
-  return *reinterpret_cast<T*>(bytes.data());
+  const auto [at, is_new] = machine->statics.try_emplace(line, machine->statics_end);
+  if (is_new) machine->statics_end += (sizeof(T) + 15) / 16 * 16;
+  if (machine->statics_end > kSpan) machine->fail("too many variables in shared memory");
+  return *reinterpret_cast<T*>(shared_of_block() + at->second);
 }
 inline void check_global(const std::vector<Range>& ranges, const void* p, int64_t bytes) {
   const char* at = static_cast<const char*>(p);
@@ -284,6 +291,10 @@ inline void cluster_wait() {
   const long phase = machine->now->cluster_phases.back();
   machine->now->cluster_phases.pop_back();
   wait_until([&meeting, phase] { return meeting.phase != phase; });
+}
+inline void store_remote(uint32_t shared, uint32_t barrier, uint32_t rank, uint32_t v) {
+  store_to_shared(address_in(rank, shared), v);
+  bytes_have_come(address_in(rank, barrier), 4);
 }
 inline void store_remote(uint32_t shared, uint32_t barrier, uint32_t rank, const int (&v)[4]) {
   store_to_shared(address_in(rank, shared),
@@ -443,7 +454,12 @@ inline void wait_for_previous_kernel() {
   const int& ended = machine->ended[previous];
   wait_until([&ended, all] { return ended == all; });
 }
-inline uint32_t shared_address(const void*) { return machine->now->block * kSpan; }
+inline uint32_t shared_address(const void* p) {
+  return static_cast<const uint8_t*>(p) - machine->shared.data();
+}
+inline uint4 load8_if(bool there, const uint4* x) {
+  return there ? *x : uint4{0x80008000, 0x80008000, 0x80008000, 0x80008000};
+}
 inline void copy4(uint32_t shared, const void* global, bool valid) {
   store_to_shared(shared, valid ? *static_cast<const uint32_t*>(global) : 0);
 }

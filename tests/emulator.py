@@ -76,9 +76,10 @@ def host_source(file: str) -> str:
     end = source.index("\n", source.index("DEFINE_WGMMA(256"))
     source = source[:start] + source[end:]
     source = re.sub(r"#ifdef __CUDACC_RTC__.*?#endif", "", source, flags=re.DOTALL)
-    source = source.replace("extern __shared__ __align__(1024) uint8_t memory[];", "char* memory;")
-    static = r"using \2_t = \1[\3]; \2_t& \2 = static_of_block<\2_t>(__LINE__);"
-    source = re.sub(r"__shared__ ([\w*]+) (\w+)\[(.*)\];", static, source)
+    dynamic = r"\1* const \2 = reinterpret_cast<\1*>(shared_of_block());"
+    source = re.sub(r"extern __shared__ (?:__align__\(1024\) )?(\w+) (\w+)\[\];", dynamic, source)
+    static = r"using \2_t = \1\3; \2_t& \2 = static_of_block<\2_t>(__LINE__);"
+    source = re.sub(r"__shared__ ([\w*]+) (\w+)((?:\[.*\])?);", static, source)
     emulated = set(re.findall(r"^(?:inline )?[\w:<>&*]+ (\w+)\(", HEADER.read_text(), re.MULTILINE))
     source = _without(emulated | NOT_USED, source)
     assert "asm" not in source, re.findall(r".*asm.*", source)
