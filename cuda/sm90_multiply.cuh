@@ -7,37 +7,32 @@
 // First channel of a thread, of 64.
 __device__ __forceinline__ int channel_of(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
 
-struct Operands {           // of a thread
-  uint32_t a[2][BATCH][4];  // unpacked: one set is multiplied while the other is made
-#if BITS == 4
-  uint32_t words[8];  // of a stage, two a k-step: the first channel's nibbles, the second's
-  uint4 low, high;    // tables of the two channels, for the group at hand
-#endif
-};
-
 struct Addresses {  // of a thread, in stage 0
-  uint32_t stage, barriers, words, tables, descriptor;
-  uint32_t ones;  // of look_up
+  uint32_t stage, barriers, words, tables;
+  uint32_t tokens;  // a descriptor; of few tokens, the row that this lane gives to ldmatrix
+  uint32_t ones;    // of look_up
 };
 __device__ __forceinline__ Addresses addresses(const Shared& s, int warpgroup, int thread) {
   const uint32_t weights = s.stages + kTokenBytes, tables = weights + kWeightBytes;
-  const int block = channel_block(warpgroup);
+  const int block = channel_block(warpgroup), lane = thread % 32;
   const int channel = block * kGroups * 64 + channel_of(thread);
   return {s.stages,
           s.barriers,
           opaque(weights + block * kBlockBytes + thread * 16),
           opaque(tables + channel * 16),
-          opaque(wgmma_descriptor_low(s.stages)),
+          opaque(FEW_TOKENS ? s.stages + lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16
+                            : wgmma_descriptor_low(s.stages)),
           all_ones()};
 }
 
 #if BITS == 4
-__device__ __forceinline__ void load_tables(Operands& v, uint32_t at) {
+// Tables of a thread's two channels for one group.
+__device__ __forceinline__ void load_tables(uint4& low, uint4& high, uint32_t at) {
 #if FOLD
-  v.low = load_shared(at);
-  v.high = load_shared(at + 8 * 16);
+  low = load_shared(at);
+  high = load_shared(at + 8 * 16);
 #else
-  v.low = v.high = identity_table();
+  low = high = identity_table();
 #endif
 }
 #endif
@@ -49,42 +44,6 @@ __device__ __forceinline__ void release(uint32_t empty) {
     if (lane == 0) barrier_arrive(empty);
   } else if (lane < SHARE) {
     barrier_arrive_at(empty, lane);
-  }
-}
-
-// Waits for a stage, and loads its words and the tables of its first group; 8-bit weights `unpack`
-// loads, straight into the operands. Returns the stage's barriers.
-__device__ __forceinline__ uint32_t load_weights(Operands& v, const Addresses& from,
-                                                 const Ring& ring) {
-  const uint32_t barriers = from.barriers + ring.barriers();
-  barrier_wait(barriers + kReady, ring.parity);
-#if BITS == 4
-  const uint4 v0 = load_shared(from.words + ring.offset);
-  const uint4 v1 = load_shared(from.words + ring.offset + 2048);
-  v.words[0] = v0.x, v.words[1] = v0.y, v.words[2] = v0.z, v.words[3] = v0.w;
-  v.words[4] = v1.x, v.words[5] = v1.y, v.words[6] = v1.z, v.words[7] = v1.w;
-  load_tables(v, from.tables + ring.offset);
-#endif
-  return barriers;
-}
-
-// Makes the operands of BATCH k-steps from `first` on, of the stage at `ring`.
-__device__ __forceinline__ void unpack(Operands& v, const Addresses& from, const Ring& ring,
-                                       int first) {
-#pragma unroll
-  for (int j = 0; j < BATCH; ++j) {
-    const int step = first + j;
-    uint32_t (&a)[4] = v.a[first / BATCH % 2][j];
-#if BITS == 8
-    const uint4 words = load_shared(from.words + ring.offset + step * 2048);
-    a[0] = words.x, a[1] = words.y, a[2] = words.z, a[3] = words.w;
-#else
-    if (step > 0 && step * 32 % GROUP == 0) {
-      load_tables(v, from.tables + ring.offset + step * 32 / GROUP * 64 * 16);
-    }
-    look_up(a[0], a[2], v.words[2 * step], v.low, from.ones);
-    look_up(a[1], a[3], v.words[2 * step + 1], v.high, from.ones);
-#endif
   }
 }
 
@@ -108,6 +67,53 @@ __device__ __forceinline__ uint32_t add_group(Accumulator (&acc)[kAccumulators],
 }
 #endif
 
+#if FEW_TOKENS
+#include "sm90_multiply_few.cuh"
+#else
+struct Operands {           // of a thread
+  uint32_t a[2][BATCH][4];  // unpacked: one set is multiplied while the other is made
+#if BITS == 4
+  uint32_t words[8];  // of a stage, two a k-step: the first channel's nibbles, the second's
+  uint4 low, high;    // tables of the two channels, for the group at hand
+#endif
+};
+
+// Waits for a stage, and loads its words and the tables of its first group; 8-bit weights `unpack`
+// loads, straight into the operands. Returns the stage's barriers.
+__device__ __forceinline__ uint32_t load_weights(Operands& v, const Addresses& from,
+                                                 const Ring& ring) {
+  const uint32_t barriers = from.barriers + ring.barriers();
+  barrier_wait(barriers + kReady, ring.parity);
+#if BITS == 4
+  const uint4 v0 = load_shared(from.words + ring.offset);
+  const uint4 v1 = load_shared(from.words + ring.offset + 2048);
+  v.words[0] = v0.x, v.words[1] = v0.y, v.words[2] = v0.z, v.words[3] = v0.w;
+  v.words[4] = v1.x, v.words[5] = v1.y, v.words[6] = v1.z, v.words[7] = v1.w;
+  load_tables(v.low, v.high, from.tables + ring.offset);
+#endif
+  return barriers;
+}
+
+// Makes the operands of BATCH k-steps from `first` on, of the stage at `ring`.
+__device__ __forceinline__ void unpack(Operands& v, const Addresses& from, const Ring& ring,
+                                       int first) {
+#pragma unroll
+  for (int j = 0; j < BATCH; ++j) {
+    const int step = first + j;
+    uint32_t (&a)[4] = v.a[first / BATCH % 2][j];
+#if BITS == 8
+    const uint4 words = load_shared(from.words + ring.offset + step * 2048);
+    a[0] = words.x, a[1] = words.y, a[2] = words.z, a[3] = words.w;
+#else
+    if (step > 0 && step * 32 % GROUP == 0) {
+      load_tables(v.low, v.high, from.tables + ring.offset + step * 32 / GROUP * 64 * 16);
+    }
+    look_up(a[0], a[2], v.words[2 * step], v.low, from.ones);
+    look_up(a[1], a[3], v.words[2 * step + 1], v.high, from.ones);
+#endif
+  }
+}
+
 // Where a warpgroup is in the ring.
 struct Position {
   Ring ring;
@@ -123,7 +129,7 @@ __device__ __forceinline__ void multiply_stage(Accumulator (&acc)[kAccumulators]
                                                const Addresses& from, Position& at, bool first) {
   using Part = int (&)[width / 2];
   const Ring now = at.ring;
-  const uint32_t tokens = from.descriptor + now.offset / 16;
+  const uint32_t tokens = from.tokens + now.offset / 16;
   uint32_t read = 0;
 #pragma unroll
   for (int step = 0; step < kSteps; step += BATCH) {
@@ -201,7 +207,7 @@ __device__ __forceinline__ void multiply(Accumulator (&acc)[kAccumulators], cons
       look_up(a[0], a[2], nibbles.x, low, from.ones);
       look_up(a[1], a[3], nibbles.y, high, from.ones);
       wgmma_fence();
-      const uint32_t tokens = from.descriptor + now.offset / 16 + 2 * step;
+      const uint32_t tokens = from.tokens + now.offset / 16 + 2 * step;
       wgmma_s8<TILE_M / 2>(reinterpret_cast<Half>(acc[0]), a, wgmma_descriptor(tokens), false);
       wgmma_s8<TILE_M / 2>(reinterpret_cast<Half>(acc[kAccumulators / 2]), a,
                            wgmma_descriptor(tokens + kHalfOfTokens), false);
@@ -253,4 +259,5 @@ __device__ __forceinline__ void multiply(Accumulator (&acc)[kAccumulators], cons
   }
   multiply_by<width>(acc, s, ring, stages, warpgroup, thread);
 }
+#endif
 #endif

@@ -1,4 +1,5 @@
-// W4A8 GEMM with integer group scales on Hopper: wgmma, bulk copies, warp specialization.
+// W4A8 GEMM with integer group scales on Hopper: wgmma (mma.sync where a tile has 8 tokens), bulk
+// copies, warp specialization.
 //
 //   FOLD=1   out[m, n] = float(sum_k a8[m, k] * w8[n, k]) * channel_scale[n] * token_scale[m]
 //                        + bias[n],  w8 of fold.cuh       (reference.fold, then reference.gemm)
@@ -28,8 +29,9 @@
 //   (the quantizer overlaps, too): weights load first, a8 once they are done. So none of them may
 //   write the weights.
 //
-// A block of weights is what one warpgroup multiplies at a time, as the A operand (m64n*k32, in
-// registers): warp w, lane 4 g + t holds channels 16 w + g ("first") and 16 w + g + 8 ("second").
+// A block of weights is what one warpgroup multiplies at a time, as the A operand (m64n*k32, or
+// m16n8k32 of each warp, in registers): warp w, lane 4 g + t holds channels 16 w + g ("first") and
+// 16 w + g + 8 ("second").
 //
 //   [2 halves][128 threads][4 words]  words of half h: k-step 2 h first, 2 h second, 2 h + 1 first,
 //                                     2 h + 1 second; a word is nibbles of k + 4 t + 0..3, then of
@@ -56,6 +58,7 @@
 
 // Three warpgroups of 128 accumulators a thread: 160 registers, one set of operands.
 #define FEW_REGISTERS (TILE_M == 256 && WARPGROUPS == 3)
+#define FEW_TOKENS (TILE_M == 8)  // multiplied by mma.sync
 #define TABLES (FOLD && BITS == 4)
 constexpr int kThreads = 128 * (WARPGROUPS + 1);  // the last warpgroup loads and builds tables
 constexpr int kMultipliers = 128 * WARPGROUPS;

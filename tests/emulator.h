@@ -67,7 +67,7 @@ T __ldcg(const T* p) {
 
 constexpr uint32_t kSharedBytes = 227 * 1024;  // of a block, at most
 constexpr uint32_t kSpan = 1 << 18;            // from one block's shared addresses to the next's
-constexpr uint32_t kStatics = 240 * 1024;      // where a block's variables begin that are not dynamic
+constexpr uint32_t kStatics = 240 * 1024;  // where a block's variables begin that are not dynamic
 constexpr int kStackBytes = 48 * 1024;
 
 struct Multiplication {  // a wgmma of a thread
@@ -117,7 +117,7 @@ struct Machine {
   int grid, threads, cluster;
   uint32_t seed;
   std::vector<Range> readable, writable;  // by bulk copies; by stores of outputs, to other GPUs
-  int kernels = 1, ranks = 1;  // one after the other, on each; all have as many blocks
+  int kernels = 1, ranks = 1;             // one after the other, on each; all have as many blocks
 
   std::vector<Fiber> fibers;
   Fiber* now = nullptr;
@@ -130,7 +130,7 @@ struct Machine {
   std::vector<Word> words;
   std::map<int, uint32_t> statics;  // by the line of their declaration
   uint32_t statics_end = kStatics;
-  std::map<std::pair<int, int>, std::array<uint32_t, 32>> of_lanes;
+  std::map<std::pair<int, int>, std::array<std::array<uint32_t, 6>, 32>> of_lanes;
   std::map<int, int> ended;  // threads, by kernel and rank
   std::map<std::pair<int, const void*>, int> seen;
   bool progress = false;
@@ -177,8 +177,8 @@ inline void named_barrier(int id, int count) { meet(meeting_of_block(id), count)
 inline void __syncthreads() { named_barrier(0, machine->threads); }
 inline void __syncwarp() { named_barrier(100 + machine->now->thread / 32, 32); }
 inline int __shfl_sync(uint32_t, int uniform, int) { return uniform; }
-// What all lanes of a warp give.
-inline std::array<uint32_t, 32> shared_by_lanes(uint32_t own) {
+// What all lanes of a warp give, up to six words.
+inline std::array<std::array<uint32_t, 6>, 32> shared_by_lanes(std::array<uint32_t, 6> own) {
   auto& lanes = machine->of_lanes[{machine->now->block, machine->now->thread / 32}];
   lanes[machine->now->thread % 32] = own;
   __syncwarp();
@@ -187,11 +187,12 @@ inline std::array<uint32_t, 32> shared_by_lanes(uint32_t own) {
   return all;
 }
 inline float __shfl_xor_sync(uint32_t, float v, int mask) {
-  return bits_as<float>(shared_by_lanes(bits_as<uint32_t>(v))[machine->now->thread % 32 ^ mask]);
+  return bits_as<float>(
+      shared_by_lanes({bits_as<uint32_t>(v)})[machine->now->thread % 32 ^ mask][0]);
 }
 inline uint32_t __reduce_max_sync(uint32_t, uint32_t v) {
-  const auto all = shared_by_lanes(v);
-  return *std::max_element(all.begin(), all.end());
+  const auto all = shared_by_lanes({v});
+  return (*std::max_element(all.begin(), all.end()))[0];
 }
 inline bool elect_one() { return machine->now->thread % 32 == 0; }
 
@@ -446,7 +447,7 @@ template <int dtype>
 uint32_t from_floats(float low, float high) {
   return from_float<dtype>(low) | uint32_t(from_float<dtype>(high)) << 16;
 }
-inline void let_next_kernel_start() {}  // all start at once
+inline void let_next_kernel_start() {}                                       // all start at once
 inline int own_kernel() { return machine->now->block / machine->blocks(); }  // and rank
 inline void wait_for_previous_kernel() {
   const int previous = own_kernel() - machine->ranks, all = machine->blocks() * machine->threads;
@@ -459,6 +460,31 @@ inline uint32_t shared_address(const void* p) {
 }
 inline uint4 load8_if(bool there, const uint4* x) {
   return there ? *x : uint4{0x80008000, 0x80008000, 0x80008000, 0x80008000};
+}
+// Lane 8 i + r gives the address of row r of matrix i; lane 4 r + t gets word t of it.
+inline void load_matrix_x4(uint32_t (&d)[4], uint32_t shared) {
+  const auto all = shared_by_lanes({shared});
+  const int lane = machine->now->thread % 32;
+  for (int i = 0; i < 4; ++i) {
+    d[i] = load_from_shared<uint32_t>(all[8 * i + lane / 4][0] + lane % 4 * 4);
+  }
+}
+// Lane 4 g + t has words t and t + 4 of rows g and g + 8 of a and of column g of b, and gets the
+// sums of those rows and columns 2 t and 2 t + 1.
+inline void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int c0, int c1,
+                   int c2, int c3) {
+  const auto all = shared_by_lanes({a[0], a[1], a[2], a[3], b0, b1});
+  const int lane = machine->now->thread % 32, c[4] = {c0, c1, c2, c3};
+  for (int i = 0; i < 4; ++i) {
+    d[i] = c[i];
+    for (int half = 0; half < 2; ++half) {
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t row = all[lane / 4 * 4 + k / 4][i / 2 + 2 * half];
+        const uint32_t column = all[(lane % 4 * 2 + i % 2) * 4 + k / 4][4 + half];
+        d[i] += int8_t(row >> k % 4 * 8) * int8_t(column >> k % 4 * 8);
+      }
+    }
+  }
 }
 inline void copy4(uint32_t shared, const void* global, bool valid) {
   store_to_shared(shared, valid ? *static_cast<const uint32_t*>(global) : 0);

@@ -28,7 +28,7 @@ from vllm_intscale.sm90_tiles import Tile
 HEADER = Path(__file__).with_name("emulator.h")
 COMPILER = shutil.which("g++")
 OPTIONS = ("-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
-NOT_USED = {"copy16", "load_matrix_x4", "mma_s8"}  # by these kernels
+NOT_USED = {"copy16"}  # by these kernels
 FUNCTION = re.compile(
     r"(?:template <[^>]*>\n)?__device__ __forceinline__ [^;{}()]*?\b(\w+)"
     r"\((?:[^(){}]|\([^()]*\))*\) *\{"

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
 SPLITS = (1, 2, 3, 8, STREAMED)
 # One of a kind; `-m slow` runs the others. Compiling takes two seconds each.
 USUAL_DENSE = {
-    *(("fold", n) for n in ("16x128", "128x64", "256x256")),
+    *(("fold", n) for n in ("8x64", "16x128", "128x64", "256x256")),
     (INT8, "128x128"),
 }
 USUAL_GROUPED = {
