@@ -144,3 +144,13 @@ def test_defects_are_found(
     assert tile.share == 2 and tile.narrower
     with pytest.raises(AssertionError, match=finding):
         check_experts("fold", 128, tile, torch.bfloat16, 64, 1408, [tile.narrower[0] + 1])
+
+
+def test_defect_of_few_tokens_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multipliers that wait for weights, but not for tables and tokens."""
+    right, wrong = "v.barriers + kReady, ring", "v.barriers + kFull, ring"
+    emulator.put_in_defect(monkeypatch, "sm90_w4a8_gemm.cu", right, wrong)
+    tile = grouped_tiles("fold")[0]
+    assert tile.m == 8
+    with pytest.raises(AssertionError, match="elements differ"):
+        check_experts("fold", 128, tile, torch.bfloat16, 64, 1408, [7])

@@ -35,11 +35,11 @@ def wanted_form() -> str:
 class Tile(NamedTuple):
     """Tokens x channels of a block, and what it keeps in flight.
 
-    blocks: that share a multiprocessor; batch: k-steps whose multiplications are issued at once;
-    block_us: for `choose`, of int4 and of int8 weights; share: neighbouring blocks that load their
-    tokens together; slices: warpgroups that multiply the same channels, each some of their k;
-    narrower: of experts' tiles, the widths in tokens, in equal steps up to m, of which the first
-    that holds a tile's rows is multiplied.
+    blocks: that share a multiprocessor; batch: k-steps whose wgmma are issued at once (8 tokens
+    have none); block_us: for `choose`, of int4 and of int8 weights; share: neighbouring blocks that
+    load their tokens together; slices: warpgroups that multiply the same channels, each some of
+    their k; narrower: of experts' tiles, the widths in tokens, in equal steps up to m, of which the
+    first that holds a tile's rows is multiplied.
     """
 
     m: int
