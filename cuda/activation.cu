@@ -15,10 +15,10 @@
 // reference.norm_threads; x2, or x1 and x2, and each of y and sum may be nullptr.
 // slot_row int [tokens * topk]: moe_routing.cu. Slots at -1 have no row; a block of
 // silu_mul_quantize is a slot (a row, if slot_row is nullptr), and the first one clears the flags.
-// On Hopper a slot can be a cluster of blocks there: each does a part of the row, and they exchange
-// its maximum. Launches overlap (moe_routing.cu): quantize_slots reads x, silu_mul_quantize
-// slot_row, norm_quantize weight, and rotary_embedding positions and their cos_sin, before the
-// kernel in front of them ends.
+// On Hopper a slot can be a cluster of 1, 2, 4 or 8 blocks there: each does a part of the row, and
+// they exchange its maximum. Launches overlap (moe_routing.cu): quantize_slots reads x,
+// silu_mul_quantize slot_row, norm_quantize weight, and rotary_embedding positions and their
+// cos_sin, before the kernel in front of them ends.
 #include "common.cuh"
 #include "hopper.cuh"
 #include "rows.cuh"

@@ -131,8 +131,8 @@ def silu_mul_quantize(
 ) -> tuple[Tensor, Tensor]:
     """`reference.silu_mul` and `quantize_activation` of rows `[rows, 2 K]`, fused.
 
-    routing: only the rows of its slots. blocks: that share a row, a cluster; more than one on
-    Hopper only.
+    routing: only the rows of its slots. blocks: that share a row, a cluster: 1, 2, 4 or 8; more
+    than one on Hopper only.
     """
     gate_up = aligned(gate_up).contiguous()
     rows, k = gate_up.shape[0], gate_up.shape[1] // 2
@@ -150,6 +150,7 @@ def silu_mul_quantize(
     if blocks is None:
         hopper = torch.cuda.get_device_capability(a8.device)[0] == 9
         blocks = _blocks_of_row(count, k) if hopper else 1
+    assert blocks in (1, 2, 4, 8)
     args = (gate_up, slots, a8, token_scale, k, a8.shape[1])
     grid, shared_bytes = (count * blocks,), 16 * -(-k // (8 * blocks))
     jit.launch(kernel, a8.device, grid, ROW_THREADS, args, shared_bytes, blocks, overlap=True)
