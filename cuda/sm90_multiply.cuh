@@ -259,5 +259,5 @@ __device__ __forceinline__ void multiply(Accumulator (&acc)[kAccumulators], cons
   }
   multiply_by<width>(acc, s, ring, stages, warpgroup, thread);
 }
-#endif
-#endif
+#endif  // FEW_REGISTERS
+#endif  // FEW_TOKENS

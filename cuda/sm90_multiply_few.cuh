@@ -5,7 +5,7 @@
 // do not pay for. Here every warp goes at its own pace, and reads a stage while it multiplies the
 // one before. Lanes hold the same channels, tokens and sums as with wgmma.
 #pragma once
-static_assert(TILE_M == 8 && SHARE == 1 && SLICES == 1);
+static_assert(FEW_TOKENS && SHARE == 1 && SLICES == 1);
 
 struct Operands {                    // of a thread, of a stage
   uint32_t words[kSteps][BITS / 2];  // BITS=4: nibbles of its two channels; else int8 operands

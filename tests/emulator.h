@@ -447,7 +447,7 @@ template <int dtype>
 uint32_t from_floats(float low, float high) {
   return from_float<dtype>(low) | uint32_t(from_float<dtype>(high)) << 16;
 }
-inline void let_next_kernel_start() {}                                       // all start at once
+inline void let_next_kernel_start() {}  // all start at once
 inline int own_kernel() { return machine->now->block / machine->blocks(); }  // and rank
 inline void wait_for_previous_kernel() {
   const int previous = own_kernel() - machine->ranks, all = machine->blocks() * machine->threads;

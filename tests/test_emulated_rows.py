@@ -15,7 +15,7 @@ from generators import assert_same_bits
 from gpu_layers import rows_of_trouble
 from torch import Tensor
 
-from vllm_intscale import activations, jit, reference
+from vllm_intscale import activations, reference
 from vllm_intscale.row_kernels import float32_bits, row_kernel
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
@@ -86,7 +86,6 @@ def run(
     cluster: int = 1,
     slots: Tensor | None = None,
     kept: list[Tensor | None] | None = None,
-    function: str = "norm_quantize",
 ) -> None:
     x = inputs[0]
     assert x is not None
@@ -94,7 +93,7 @@ def run(
     pointers += kept or [None, None]
     numbers = [0 if t is None else t.data_ptr() for t in pointers]
     numbers += [out.shape[1], x.stride(0), out.a8.shape[1]]
-    kernel = jit.Kernel("activation.cu", function, row_kernel("norm_quantize", x.dtype).defines)
+    kernel = row_kernel("norm_quantize", x.dtype)  # of all of them: `what` tells which runs
     error = emulator.compiled(kernel, ENTRY).emulate(
         *(what, grid, threads, cluster, float32_bits(EPSILON)),
         (ctypes.c_int64 * len(numbers))(*numbers),
@@ -153,5 +152,5 @@ def test_defects_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block that counts too few bytes reads maxima that have not come."""
     right = "barrier_expect(arrived, blocks_of_row() * kWarps * sizeof(uint32_t));"
     emulator.put_in_defect(monkeypatch, "activation.cu", right, right.replace("kWarps", "1"))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="bytes that no barrier expected"):
         test_silu_mul_quantize(torch.bfloat16, 4)

@@ -37,6 +37,7 @@ from gpu_layers import (
     variants,
     weight_for,
 )
+from torch.library import opcheck
 
 from vllm_intscale import activations, cuda_backend, jit, ops, reference
 from vllm_intscale.reference import Weight
@@ -250,13 +251,13 @@ def test_operators_pass_opcheck() -> None:
     a8, scale = ops.quantize_activation(x)
     stacks = [list(prepared_stack(expert_stack(4, n, 128, 128))) for n in (256, 128)]
     weights, ids = (t.cuda() for t in routing(5, 2, 4, "random"))
-    torch.library.opcheck(ops.quantize_activation, (x,))
-    torch.library.opcheck(ops.norm_quantize, ([x, x * 2, x + 1], x[0], 1e-5, True, True))
-    torch.library.opcheck(ops.silu_mul_quantize, (x,))
+    opcheck(ops.quantize_activation, (x,))
+    opcheck(ops.norm_quantize, ([x, x * 2, x + 1], x[0], 1e-5, True, True))
+    opcheck(ops.silu_mul_quantize, (x,))
     positions = torch.arange(5, device="cuda")
-    torch.library.opcheck(ops.rotary_embedding, (x, positions, x[:, :32], 2, 1))
-    torch.library.opcheck(ops.gemm, (a8, scale, *w, None, torch.bfloat16))
-    torch.library.opcheck(ops.moe, (x, *stacks, weights, ids, None, False))
+    opcheck(ops.rotary_embedding, (x, positions, x[:, :32], 2, 1))
+    opcheck(ops.gemm, (a8, scale, *w, None, torch.bfloat16))
+    opcheck(ops.moe, (x, *stacks, weights, ids, None, False))
 
 
 def test_graph_replay_and_side_stream_equal_eager() -> None:

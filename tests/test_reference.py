@@ -19,6 +19,7 @@ from generators import (
     routing,
     weight,
 )
+from torch.library import opcheck
 
 from vllm_intscale import (
     activations,
@@ -208,17 +209,17 @@ def test_operators_pass_opcheck() -> None:
     a8, scale = ops.quantize_activation(x)
     column_major = torch.randn(128, 5).t()
     for rows in (x, column_major):
-        torch.library.opcheck(ops.quantize_activation, (rows,))
-        torch.library.opcheck(ops.silu_mul_quantize, (rows,))
+        opcheck(ops.quantize_activation, (rows,))
+        opcheck(ops.silu_mul_quantize, (rows,))
         for number, *kept in itertools.product((1, 2), (False, True), (False, True)):
             args = [rows] * number, torch.ones(128, dtype=rows.dtype), 1e-5, *kept
-            torch.library.opcheck(ops.norm_quantize, args)
-    torch.library.opcheck(ops.rotary_embedding, (x, torch.arange(5), x[:, :32], 2, 1))
-    torch.library.opcheck(ops.gemm, (a8, scale, *ready, None, torch.bfloat16))
+            opcheck(ops.norm_quantize, args)
+    opcheck(ops.rotary_embedding, (x, torch.arange(5), x[:, :32], 2, 1))
+    opcheck(ops.gemm, (a8, scale, *ready, None, torch.bfloat16))
     weights, ids = routing(5, 1, 1, "random")
     square = packed(weight(256, 128, 64)), packed(weight(128, 128, 64))
     stacks = [[t[None] for t in ops.prepare_weight(*each)] for each in square]
-    torch.library.opcheck(ops.moe, (x, *stacks, weights, ids, None, False))
+    opcheck(ops.moe, (x, *stacks, weights, ids, None, False))
 
 
 def test_fold_is_the_rational_number_rounded_half_to_even() -> None:
