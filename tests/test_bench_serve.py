@@ -123,6 +123,17 @@ def test_configurations_on_several_gpus(tmp_path: Path) -> None:
     assert own[0] == 2 * own[1] > 1e6
 
 
+def test_floats_need_no_files(tmp_path: Path) -> None:
+    """vLLM makes the weights of bf16 itself, as large as those that `write_random` writes."""
+    plan = configurations.plan_of("bf16", SMALL, tmp_path, 100, {})
+    assert plan.arguments["load_format"] == "dummy"
+    assert not list((tmp_path / "bf16").glob("*.safetensors"))
+    random_checkpoint.write_random(SMALL, tmp_path / "written", "bf16")
+    files = [load_file(file) for file in (tmp_path / "written").glob("*.safetensors")]
+    written = [tensor for tensors in files for tensor in tensors.values()]
+    assert plan.weight_bytes == sum(tensor.nbytes for tensor in written)
+
+
 def test_an_unfinished_checkpoint_is_written_again(tmp_path: Path) -> None:
     """And a finished one is not."""
     (tmp_path / "fp8.partial").mkdir()
@@ -196,7 +207,7 @@ def test_configurations_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     def plan(name: str, gib: float) -> Plan:
         cache = int(gib * 2**30) - configurations.OTHER_BYTES
-        return Plan(name, {"model": str(tmp_path), "kv_cache_memory_bytes": cache})
+        return Plan(name, 0, {"kv_cache_memory_bytes": cache})
 
     plans = [plan("a", 10), plan("b", 10), plan("c", 10), plan("d", 31), plan("e", 15)]
     plans += [plan("f", 15), plan("g", 15.1)]
@@ -263,7 +274,7 @@ def test_kernels_are_looked_for_in_logs(
     tmp_path: Path, name: str, dense: str, experts: str
 ) -> None:
     """As vLLM 0.26.0 names them; those of experts if the model has some."""
-    plan, log = Plan(name, {"model": str(tmp_path)}), tmp_path / "log"
+    plan, log = Plan(name, 0, {"model": str(tmp_path)}), tmp_path / "log"
     for config, text, wrong in (
         ({}, dense, ""),
         ({}, "none", "sm|Cutlass|Marlin|humming" if dense else ""),

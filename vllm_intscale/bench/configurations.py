@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_intscale.bench.engine_worker import GROUP_SCALES
-from vllm_intscale.bench.random_checkpoint import write_random
+from vllm_intscale.bench.random_checkpoint import weights_of, write_config, write_random
 from vllm_intscale.checkpoint import read_config
 from vllm_intscale.errors import IntScaleError
 
@@ -41,9 +41,10 @@ class Configuration(NamedTuple):
 OURS = r"\d+ on sm\d+_w4a8_gemm", r"MoE of \d+ experts W4A8.* on sm\d+_w4a8_gemm"
 MARLIN_ONLY = {"linear_backend": "marlin", "moe_backend": "marlin"}
 MARLIN = "Marlin", "Using '?MARLIN'? WNA16 MoE", MARLIN_ONLY
+DUMMY = {"load_format": "dummy"}  # vLLM's random floats instead of files: 141 GB of a 70B
 CONFIGURATIONS = {
     "intscale": Configuration("intscale", *OURS),
-    "bf16": Configuration("bf16", "", r"Using \w+ Unquantized MoE"),
+    "bf16": Configuration("bf16", "", r"Using \w+ Unquantized MoE", DUMMY),
     "fp8": Configuration("fp8", r"Cutlass\w*FP8", r"Using \w+ Fp8 MoE"),
     "machete_w4a16": Configuration("w4a16", "Machete", None),
     "w8a8_int8": Configuration("w8a8_int8", r"Cutlass\w*Int8", r"Using \w+ Int8 MoE"),
@@ -96,13 +97,13 @@ class Plan(NamedTuple):
     """A configuration to be run: its checkpoint and all arguments of vllm.LLM."""
 
     name: str
+    weight_bytes: int
     arguments: Mapping[str, Any]
 
     @property
     def bytes_needed(self) -> float:
         """Of each of its GPUs."""
-        files = Path(self.arguments["model"]).glob("*.safetensors")
-        weights = sum(file.stat().st_size for file in files) / gpus_of(self.arguments)
+        weights = self.weight_bytes / gpus_of(self.arguments)
         return weights + float(self.arguments["kv_cache_memory_bytes"]) + OTHER_BYTES
 
 
@@ -117,18 +118,23 @@ def plan_of(
     configuration = configuration_of(name)
     if model.get(EXPERTS) and configuration.experts_log is None:
         raise IntScaleError(f"{name}: it has no kernel for experts")
+    dummy = configuration.options.get("load_format") == "dummy"
+    write = write_config if dummy else write_random
     checkpoint = folder / configuration.format
     if not checkpoint.exists():
         unfinished = folder / f"{configuration.format}.partial"
         shutil.rmtree(unfinished, ignore_errors=True)
-        write_random(model, unfinished, configuration.format)
+        write(model, unfinished, configuration.format)
         unfinished.rename(checkpoint)
         torch.cuda.empty_cache()  # it was made there
+    files = (file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    weight_bytes = weights_of(model) * torch.bfloat16.itemsize if dummy else sum(files)
     heads = model["num_key_value_heads"], model["hidden_size"] // model["num_attention_heads"]
     size = 2 * torch.bfloat16.itemsize * model["num_hidden_layers"] * heads[0] * heads[1]
     arguments = {"model": str(checkpoint), **engine, **configuration.options}
     cache = tokens * size // gpus_of(arguments)
-    return Plan(name, {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache, **arguments})
+    arguments = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache, **arguments}
+    return Plan(name, weight_bytes, arguments)
 
 
 def gpus_of(arguments: Mapping[str, Any]) -> int:

@@ -1,13 +1,14 @@
 """`python -m vllm_intscale.bench.random_checkpoint MODEL OUT [FORMAT]`: of random numbers.
 
 For measuring speed and memory at the size of a real model, without its weights: real files, real
-shapes, values of the usual size, in this package's format or another's (`random_formats`). Not
-`--load-format dummy`, which knows no integers.
+shapes, values of the usual size, in this package's format or another's (`random_formats`). vLLM's
+`--load-format dummy` leaves integers as they lie in memory; it does for models of floats.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -70,13 +71,10 @@ def write_random(model: Mapping[str, Any], out: Path, format_name: str = "intsca
 
     Raises IntScaleError if `out` exists or the format is unknown.
     """
-    quantization, linear = format_of(format_name)
-    if out.exists():
-        raise IntScaleError(f"{out} exists; remove it or choose another folder")
-    config = {**COMMON, **model}
-    out.mkdir(parents=True)
+    linear = format_of(format_name).linear
+    write_config(model, out, format_name)
     names: dict[str, str] = {}
-    for number, shapes in enumerate(_files(config)):
+    for number, shapes in enumerate(_files({**COMMON, **model})):
         tensors: dict[str, Tensor] = {}
         file = f"model-{number:05d}.safetensors"
         for name, shape in shapes.items():
@@ -88,10 +86,24 @@ def write_random(model: Mapping[str, Any], out: Path, format_name: str = "intsca
         names |= dict.fromkeys(tensors, file)
     index = {"metadata": {}, "weight_map": names}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
-    if quantization:
-        config |= {"quantization_config": quantization}
+
+
+def write_config(model: Mapping[str, Any], out: Path, format_name: str) -> None:
+    """All of it but the weights: what `--load-format dummy` needs. Raises as `write_random`."""
+    config = {**COMMON, **model}
+    if quantization := format_of(format_name).config:
+        config["quantization_config"] = quantization
+    if out.exists():
+        raise IntScaleError(f"{out} exists; remove it or choose another folder")
+    out.mkdir(parents=True)
     (out / CONFIG).write_text(json.dumps(config, indent=1))
     _write_tokenizer(config["vocab_size"], out)
+
+
+def weights_of(model: Mapping[str, Any]) -> int:
+    """How many numbers it has."""
+    files = _files({**COMMON, **model})
+    return sum(math.prod(shape) for shapes in files for shape in shapes.values())
 
 
 def model_of(name: str) -> dict[str, Any]:
