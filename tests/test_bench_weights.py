@@ -14,11 +14,12 @@ from vllm_intscale.bench import (
     gemm,
     peers,
     random_checkpoint,
+    random_formats,
     tiles,
 )
 from vllm_intscale.checkpoint import validate_checkpoint
 from vllm_intscale.errors import IntScaleError
-from vllm_intscale.format import TENSOR_NAMES
+from vllm_intscale.format import ACCUMULATOR_MAX, TENSOR_NAMES, accumulator_bound
 from vllm_intscale.packing import unpack_codes
 
 # ---- weights of peers ---------------------------------------------------------------------------
@@ -80,3 +81,13 @@ def test_random_checkpoint(name: str, tmp_path: Path) -> None:
     assert biases == {f"model.layers.1.self_attn.{part}_proj.bias" for part in parts}
     with pytest.raises(IntScaleError, match="exists"):
         random_checkpoint.write_random(small, out)
+
+
+@pytest.mark.parametrize("name", list(random_checkpoint.MODELS))
+def test_random_layers_of_real_width_cannot_overflow(name: str) -> None:
+    """A projection down of the 70B is 28672 wide: scales of 255 would be too large there."""
+    k = random_checkpoint.MODELS[name]["intermediate_size"]
+    layer = random_formats.FORMATS["intscale"].linear("down", 256, k)
+    w, s = layer["down.qweight"].cpu(), layer["down.group_scale"].cpu()
+    assert accumulator_bound(unpack_codes(w, 4), s).max() <= ACCUMULATOR_MAX
+    assert s.min() >= 32 and len(s.unique()) > 32

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_intscale.errors import IntScaleError
-from vllm_intscale.format import CheckpointConfig
+from vllm_intscale.format import ACCUMULATOR_MAX, CheckpointConfig
 
 WEIGHT_STD = 0.02
 GROUP = 128
@@ -92,9 +92,10 @@ def _gptq(name: str, n: int, k: int) -> dict[str, Tensor]:
 
 
 def _intscale(name: str, n: int, k: int) -> dict[str, Tensor]:
-    """Group scales from 32 on."""
+    """Group scales from 32 on, so small that no codes and activations overflow an accumulator."""
     scheme = INTSCALE.default_scheme
-    specs, largest = scheme.tensor_specs(n, k), scheme.max_group_scale
+    largest = min(scheme.max_group_scale, ACCUMULATOR_MAX // (127 * 8 * k))
+    specs = scheme.tensor_specs(n, k)
     group_scale = torch.randint(32, largest + 1, specs["group_scale"][1], device=device())
     return {
         f"{name}.qweight": _words(*specs["qweight"][1]),
