@@ -7,8 +7,10 @@ INTSCALE_MODELS names a folder, every model in it.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from generators import assert_same_bits
 from safetensors.torch import load_file
 
 from vllm_intscale import ops, reference
+from vllm_intscale.bench.random_checkpoint import model_of, write_random
 from vllm_intscale.packing import unpack_codes
 from vllm_intscale.quantize import quantize_model
 
@@ -68,6 +71,20 @@ def test_every_layer_gives_a_row_the_same_bits_alone_and_in_a_batch(quantized: P
                 assert_same_bits(alone, y[row : row + 1], f"{prefix} row {row}")
             layers += 1
     assert layers
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_loading_takes_no_more_than_the_model_and_a_layer(tmp_path: Path) -> None:
+    """Mixtral-8x7B's layers, three of them: what loading takes beside weights does not add up."""
+    folder, script = tmp_path / "model", Path(__file__).parent / "loading_memory.py"
+    write_random(model_of("mixtral-8x7b") | {"num_hidden_layers": 3}, folder)
+    loaded = subprocess.run([sys.executable, script, folder], stdout=subprocess.PIPE, text=True)
+    assert loaded.returncode == 0
+    found = json.loads(loaded.stdout.splitlines()[-1])
+    print(found)
+    assert 0 < found["layer"] < found["weights"] <= found["peak"]
+    assert found["peak"] <= found["weights"] + found["layer"]
 
 
 @pytest.mark.e2e
