@@ -317,7 +317,7 @@ def test_a_control_runs_where_it_has_room(
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_engines_on_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -350,12 +350,12 @@ def test_engines_on_cpu(
     rows = {(r["configuration"], r["what"], r["batch"]): r for r in found["rows"]}
     asked = [("prefill", 2), ("decode", 1), ("decode", 3)]
     timed = [("intscale_tp2", *question) for question in asked]
-    failed = [("w8a8_int8", what, 0) for what in ("start", "serve")]
+    failed = ("w8a8_int8", "start", 0)  # and so it is not served
     answered = ("intscale_tp2", "serve", 2)
-    assert list(rows) == [failed[0], *timed, failed[1], answered]
+    assert list(rows) == [failed, *timed, answered]
     for which in ("found", "control"):
         assert all(rows[key][which]["tokens_per_second"] > 0 for key in timed)
-    assert all("its log does not say" in rows[key]["error"] for key in failed)
+    assert "its log does not say" in rows[failed]["error"]
     assert rows[answered]["found"]["completed"] == 2 * served.ROUNDS
     weights = {name: facts["weights_gib"] for name, facts in found["engines"].items()}
     assert set(weights) == {"intscale", "intscale_tp2"}  # with the control
