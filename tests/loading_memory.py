@@ -16,9 +16,7 @@ from typing import Any
 
 from gpu_engine import CACHE, SMALL
 
-
-def size_of(module: Any) -> int:
-    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+from vllm_intscale.bench.engine_worker import size_of
 
 
 def main(model: str) -> None:

@@ -130,11 +130,11 @@ class Engine:
         return total / PROFILED_STEPS / 1e3
 
     def facts(self) -> dict[str, Any]:
-        weights = sum(self.llm.apply_model(_size))
+        weights = sum(self.llm.apply_model(size_of))
         return {"load_seconds": round(self.load_seconds, 1), "weights_gib": weights / 2**30}
 
 
-def _size(model: Any) -> int:
+def size_of(model: Any) -> int:
     """Bytes of its parameters and buffers."""
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
